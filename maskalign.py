@@ -1,0 +1,923 @@
+"""MaskAlign: token-subset representation alignment for diffusion transformers, in one file.
+
+Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One training step:
+  1. A frozen teacher (DINOv2) reads the clean image: a class token, and one token per patch.
+  2. Latent x and class token are noised with one time t; t = 0 is data, t = 1 is noise.
+  3. All 1 + T tokens pass a light mixing block, so that each knows of the others.         (Eq. 6)
+  4. A random 25% of the patch tokens is dropped; the class token always stays.          (Eq. 7-8)
+  5. The kept tokens alone pass the transformer and predict the velocity.                 (Eq. 10)
+  6. After block `align_depth` they are projected and pulled towards the teacher's.       (Eq. 11)
+
+     loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2
+            - lambda mean_{cls, kept} cos(projected token, teacher token)
+
+Sampling keeps every token and needs no teacher.
+
+  torchrun --nproc_per_node=1 maskalign.py                      a demo: no GPU, data or download
+  python maskalign.py --data DIR --size SiT-B/2                 one GPU, images as DIR/class/*.jpg
+  torchrun --nproc_per_node=8 maskalign.py --data IMAGENET      the paper's run; the same with
+                                               --prepare first, to encode all latents only once
+
+Where to look: Tab. 7 is Config; Sec. 5.1 is sample_token_subset and SiT.forward; Eq. 10 and 11
+are training_losses; sampling is euler_maruyama; the teacher is ViTTeacher; the loop is train.
+"""
+import argparse, copy, dataclasses, functools, hashlib, inspect, json, math, os, re, sys, time
+import urllib.request
+from collections import namedtuple
+from pathlib import Path
+from typing import Iterator, Optional
+
+import huggingface_hub
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+class BadInput(ValueError):
+    """What the user can mend; the message is one sentence: the thing, its value, the way out."""
+
+# ---- 1. Settings: one dataclass, and tables whose rows override it (Tab. 7) ----------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Defaults are the paper's main run; the comments become --help."""
+    method: str = "maskalign"     # a row of METHODS
+    size: str = "SiT-XL/2"        # a row of SIZES
+    data: str = ""                # folder with class/*.jpg or train/class/*.jpg; empty: the demo
+    out: str = ""                 # run folder; empty: runs/METHOD-SIZE
+    seed: int = 0                 # decides everything random: weights, order, noise, masks
+    # the method: a row of METHODS
+    class_token: bool = True      # denoise the teacher's class token beside the image, as REG
+    mixer_depth: int = 2          # Tab. 7: mixing blocks before the mask
+    mask_ratio: float = 0.25      # Tab. 7: share of the patch tokens dropped in training
+    align_coeff: float = 0.5      # Tab. 7: lambda, weight of the alignment loss; 0: none
+    cls_coeff: float = 0.03       # Tab. 7: beta, weight of the class token's velocity loss
+    # the network: a row of SIZES
+    hidden_size: int = 1152       # SiT-XL: width D
+    depth: int = 28               # SiT-XL: number of blocks, mixers not counted
+    num_heads: int = 16           # SiT-XL: attention heads
+    patch_size: int = 2           # SiT-XL/2: latent pixels per token side
+    align_depth: int = 8          # Tab. 7: align after this block, counted from 1
+    projector_dim: int = 2048     # as REPA: hidden width of the projector
+    # data, VAE, teacher
+    image_size: int = 256         # Sec. 6: pixels per side, after the ADM centre crop
+    vae: str = "stabilityai/sd-vae-ft-ema"  # Sec. 6: the SD-VAE on the hub; none: pixel space
+    vae_weights: str = ""         # file to read instead of the hub's
+    teacher: str = "vit_base_patch14_dinov2.lvd142m"  # Tab. 7: any timm ViT; or: classifier
+    teacher_weights: str = ""     # file to read instead of the hub's (timm's or Meta's keys)
+    teacher_steps: int = 300      # ours: training steps of the teacher called classifier
+    prepare: bool = False         # encode the latents of --data once into --cache, then stop
+    cache: str = ""               # folder of encoded latents; empty: DATA-latents
+    workers: int = 8              # data loading processes per rank
+    # optimisation
+    steps: int = 400_000          # Tab. 1: the column that all methods share
+    batch_size: int = 256         # Tab. 7: images per step, over all processes
+    accum: int = 1                # micro-batches per step and process, to save memory
+    lr: float = 1e-4              # Tab. 7: AdamW, constant
+    warmup_steps: int = 0         # Tab. 7 has none
+    cosine_decay: bool = False    # Tab. 7: no; yes lowers lr to 0 over --steps
+    grad_clip: float = 1.0        # as REG: largest gradient norm
+    ema_decay: float = 0.9999     # Tab. 7: average of all weights, used for sampling
+    label_dropout: float = 0.1    # Tab. 7: share of labels replaced by the null class
+    bf16: bool = True             # ours: autocast on GPU (REG: fp16); weights stay float32
+    compile: bool = True          # ours: torch.compile on GPU
+    # what is written, and when
+    log_every: int = 100          # steps between log lines
+    sample_every: int = 10_000    # steps between sample grids
+    save_every: int = 10_000      # steps between checkpoints
+    preview_steps: int = 50       # ours: Euler steps of the sample grids
+    preview_cfg_scale: float = 2.0  # ours: guidance of the sample grids
+    # found in the data and the teacher, not typed
+    num_classes: int = 1000
+    z_dim: int = 768
+    class_names: tuple = ()
+
+    @property
+    def latent_shape(self) -> tuple:
+        """(C, H, W) of what is noised and denoised: the pixels, or latents 8 times smaller."""
+        s = self.image_size
+        return (3, s, s) if self.vae == "none" else (4, s // 8, s // 8)
+
+_COLUMNS = ("hidden_size", "depth", "num_heads", "patch_size", "align_depth", "projector_dim")
+SIZES = {name: dict(zip(_COLUMNS, row)) for name, row in {
+    "SiT-S/2": (384, 12, 6, 2, 4, 2048),
+    "SiT-B/2": (768, 12, 12, 2, 4, 2048),
+    "SiT-L/2": (1024, 24, 16, 2, 8, 2048),
+    "SiT-XL/2": (1152, 28, 16, 2, 8, 2048),
+    "demo": (96, 6, 3, 4, 3, 256),
+}.items()}
+METHODS = {  # each method is one row of settings over the same model, loss and loop
+    "sit": dict(class_token=False, align_coeff=0.0, mixer_depth=0, mask_ratio=0.0),
+    "repa": dict(class_token=False, mixer_depth=0, mask_ratio=0.0),
+    "reg": dict(mixer_depth=0, mask_ratio=0.0),
+    "maskalign": dict(),
+    "repa+maskalign": dict(class_token=False),              # Tab. 1
+    "maskalign-no-mixing": dict(mixer_depth=0),             # Tab. 3
+    "maskalign-no-masking": dict(mask_ratio=0.0),           # Tab. 3
+}
+DEMO = dict(  # without --data: drawn shapes, and a schedule for minutes on a laptop
+    size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
+    lr=6e-3, warmup_steps=40, cosine_decay=True, ema_decay=0.99, workers=0, sample_every=500,
+    save_every=500, preview_steps=25)
+
+def make_config(**typed) -> Config:
+    """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
+    merged = {**dataclasses.asdict(Config()), **({} if typed.get("data") else DEMO), **typed}
+    for name, table in (("size", SIZES), ("method", METHODS)):
+        if merged[name] not in table:
+            raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
+        merged.update(table[merged[name]])
+    c = Config(**{**merged, **typed})
+    for name, value in vars(c).items():
+        share = name in ("mask_ratio", "label_dropout", "ema_decay")
+        zero = share or name in ("seed", "mixer_depth", "align_coeff", "cls_coeff", "workers",
+                                 "steps", "warmup_steps")
+        high = 1 if share else math.inf
+        if type(value) in (int, float) and not (0 < value < high or value == 0 and zero):
+            raise BadInput(f"{name} is {value}: it must lie in {'[(' [not zero]}0, {high})")
+    unit = c.patch_size * (1 if c.vae == "none" else 8)
+    for name, fits, rule in (
+            ("align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}"),
+            ("hidden_size", c.hidden_size % 4 == 0, "a multiple of 4"),
+            ("num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}"),
+            ("image_size", c.image_size % unit == 0,
+             f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"),
+            ("prepare", c.data or not c.prepare, "used with --data DIR")):
+        if not fits:
+            raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
+    return dataclasses.replace(c, cache=c.cache or f"{c.data.rstrip('/')}-latents",
+                               out=c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2"))
+
+def parse_config(argv: Optional[list] = None) -> Config:
+    """Config from the command line: one flag per field of Config, its comment is its help."""
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        if field.name in comments:
+            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
+                type=field.type, metavar=field.type.__name__.upper())
+            note = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+            parser.add_argument(f"--{field.name}", help=note, default=argparse.SUPPRESS, **kind)
+    return make_config(**vars(parser.parse_args(argv)))
+
+def seeded(device, *key) -> torch.Generator:
+    """A generator that depends on `key` alone: so a resumed run needs no stored random state."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+# ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
+
+class TimestepEmbedder(nn.Module):
+    """t (N,) in [0, 1] -> (N, D): 128 cosines and 128 sines of t, then a small MLP."""
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        # Always float32: in bf16 neighbouring times would look the same.
+        i = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * i / 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+def sincos_pos_embed(dim: int, side: int) -> torch.Tensor:
+    """Fixed positions (side^2, dim) in raster order; the first half of dim codes the column."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)                       # (side, dim / 2)
+    return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=-1).float()
+
+def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """adaLN: a LayerNorm whose scale and shift come from the condition."""
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+class Block(nn.Module):
+    """SiT block (adaLN-Zero): h (N, K, D), c (N, 1, D) -> (N, K, D). At init, the identity."""
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)  # scaled_dot_product_attention
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio),
+                       act_layer=functools.partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)
+        h = h + gate_a * self.attn(modulate(h, shift_a, scale_a))
+        return h + gate_m * self.mlp(modulate(h, shift_m, scale_m))
+
+class FinalLayer(nn.Module):
+    """Tokens -> velocities: patches (N, K, out_dim), class token (N, cls_dim) or None."""
+    def __init__(self, hidden_size: int, out_dim: int, cls_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_dim)
+        self.cls_head = nn.Linear(hidden_size, cls_dim) if cls_dim else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> tuple:
+        h = modulate(h, *self.adaLN_modulation(c).chunk(2, -1))
+        if self.cls_head is None:
+            return self.linear(h), None
+        return self.linear(h[:, 1:]), self.cls_head(h[:, 0])
+
+def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(N, C, H, W) -> (N, T, p*p*C): tokens in raster order, channel fastest within a token."""
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size ** 2 * c)
+
+def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(N, T, p*p*C) -> (N, C, H, W) with H = W: undoes patchify."""
+    n, t, d = tokens.shape
+    side = math.isqrt(t)
+    x = tokens.reshape(n, side, side, patch_size, patch_size, d // patch_size ** 2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * patch_size, side * patch_size)
+
+# ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
+
+def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
+                        generator: Optional[torch.Generator] = None) -> torch.Tensor:
+    """S of Eq. 7: ids_keep (n, len_keep), uniform without replacement, anew for each image.
+
+    len_keep = round((1 - mask_ratio) num_tokens). Ids ascend, so that ratio 0 is the identity;
+    they are on the generator's device."""
+    len_keep = max(1, round((1 - mask_ratio) * num_tokens))
+    scores = torch.rand(n, num_tokens, generator=generator, device=generator and generator.device)
+    return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
+
+def gather_tokens(tokens: torch.Tensor, ids_keep: Optional[torch.Tensor], class_token=False):
+    """(N, [1+]T, D), ids_keep (N, K) or None (all) -> (N, [1+]K, D). A class token stays."""
+    if ids_keep is None:
+        return tokens
+    ids = F.pad(ids_keep + 1, (1, 0)) if class_token else ids_keep       # row 0 is the class token
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+# v (N, K, p*p*C), v_cls (N, z_dim) or None, z_pred (N, [1+]K, z_dim) or None
+SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")
+
+class SiT(nn.Module):
+    """Scalable interpolant transformer with REPA's projector, REG's class token, our mixer.
+
+    class_token: the teacher's noised class token is one more token, before the patches.
+    mixer_depth: blocks on all tokens before the mask, not counted in depth.
+    align_depth: tokens are projected to z_dim after this block (from 1); 0 or None: never.
+    It draws no random number: masks and dropped labels come as arguments."""
+    def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int,
+                 depth: int, num_heads: int, num_classes: int, z_dim: int,
+                 projector_dim: int = 2048, align_depth: Optional[int] = None,
+                 class_token: bool = False, mixer_depth: int = 0, mlp_ratio: float = 4.0):
+        super().__init__()
+        if not 0 <= (align_depth or 0) <= depth:
+            raise BadInput(f"align_depth is {align_depth}: it goes beyond the {depth} blocks")
+        self.patch_size, self.num_classes = patch_size, num_classes
+        self.align_depth, self.class_token = align_depth, class_token
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = nn.ModuleDict(dict(      # the last row is the null class: "no label"
+            embedding_table=nn.Embedding(num_classes + 1, hidden_size)))
+        if class_token:
+            self.cls_embedder = nn.Linear(z_dim, hidden_size)
+            self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, class_token + self.x_embedder.num_patches, hidden_size), False)
+        # NOTE(paper): the inside of the mixing layers is not given. Two plain SiT blocks are the
+        # simplest reading conditioned on (t, y): +21.3M for B (paper 22M), +47.8M for XL (55M).
+        block = functools.partial(Block, hidden_size, num_heads, mlp_ratio)
+        self.mixer = nn.ModuleList(block() for _ in range(mixer_depth))
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.projectors = nn.ModuleList([nn.Sequential(
+            nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, z_dim))] if align_depth else [])
+        self.final_layer = FinalLayer(
+            hidden_size, patch_size ** 2 * in_channels, z_dim if class_token else 0)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """As DiT. Zero gates and heads make every block the identity, and every output zero."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
+                nn.init.zeros_(p)
+            elif name.startswith(("y_embedder", "t_embedder")):
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim > 1 and name != "pos_embed":
+                nn.init.xavier_uniform_(p.view(len(p), -1))           # a view: convolutions, too
+        positions = sincos_pos_embed(self.pos_embed.shape[-1], self.x_embedder.grid_size[0])
+        self.pos_embed.data[0, int(self.class_token):] = positions    # the class token has none
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor,
+                cls: Optional[torch.Tensor] = None,
+                ids_keep: Optional[torch.Tensor] = None) -> SiTOutput:
+        """Velocities at noisy x (N, C, H, W), t (N,) in [0, 1], y (N,), noisy cls (N, z_dim).
+
+        ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling."""
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)
+        c = c.unsqueeze(1)                                                           # (N, 1, D)
+        h = self.x_embedder(x)                                                       # (N, T, D)
+        if self.class_token:
+            h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
+        h = h + self.pos_embed      # (N, [1+]T, D); before the mask: a kept token knows its place
+        for block in self.mixer:    # Eq. 6: tokens dropped below leave their trace in the others
+            h = block(h, c)
+        h = gather_tokens(h, ids_keep, self.class_token)              # Eq. 7-8: (N, [1+]K, D)
+        z_pred = None
+        for i, block in enumerate(self.blocks, start=1):
+            h = block(h, c)
+            if i == self.align_depth:   # NOTE(paper): counts these blocks, after the mixer
+                z_pred = self.projectors[0](h)                        # h_phi(h_a) of Eq. 11
+        v, v_cls = self.final_layer(h, c)
+        return SiTOutput(v, v_cls, z_pred)
+
+def build_model(config: Config) -> SiT:
+    """The network of a config, initialised from its seed."""
+    torch.manual_seed(config.seed)
+    channels, side, _ = config.latent_shape
+    return SiT(side, config.patch_size, channels, config.hidden_size, config.depth,
+               config.num_heads, config.num_classes, config.z_dim, config.projector_dim,
+               align_depth=config.align_depth if config.align_coeff > 0 else None,
+               class_token=config.class_token, mixer_depth=config.mixer_depth)
+
+def from_official(state_dict: dict) -> dict:
+    """A REPA or REG state dict in our names; one that has them already passes unchanged."""
+    for old, new in (("module.", ""), ("_orig_mod.", ""), ("cls_projectors2.", "cls_embedder."),
+                     ("wg_norm.", "cls_norm."), ("linear_cls.", "cls_head.")):
+        state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
+    return state_dict
+
+# ---- 4. The objective (Eq. 10 and 11) ------------------------------------------------------------
+
+def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
+              t=None, noise=None, cls_noise=None, ids_keep=None, drop=None) -> dict:
+    """Everything random in a step of n images; what is given stays as it is.
+
+    t (n,) uniform on [0, 1), noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None
+    where no token is dropped, drop (n,) True where the label becomes the null class."""
+    on = dict(generator=generator, device=device)
+    if ids_keep is None and config.mask_ratio > 0:
+        num_tokens = latent_shape[1] * latent_shape[2] // config.patch_size ** 2
+        ids_keep = sample_token_subset(n, num_tokens, config.mask_ratio, generator).to(device)
+    return dict(t=torch.rand(n, **on) if t is None else t,
+                noise=torch.randn(n, *latent_shape, **on) if noise is None else noise,
+                cls_noise=torch.randn(n, z_dim, **on) if cls_noise is None else cls_noise,
+                ids_keep=ids_keep,
+                drop=torch.rand(n, **on) < config.label_dropout if drop is None else drop)
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Losses are taken in float32, or wider where the inputs are: a bf16 cosine is too coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: Optional[torch.Tensor],
+                    config: Config, *, t=None, noise=None, cls_noise=None, ids_keep=None,
+                    drop=None, generator=None) -> dict:
+    """The objective on a batch: {"loss", "denoise", "cls", "align"}, all scalars.
+
+    x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, D) teacher tokens, class token first
+    (ignored by methods without one; z may be None for `sit`). See draw_step for the others: what
+    is None is drawn. `model` is anything called as model(x_t, t, y, cls_t, ids_keep)."""
+    t, noise, cls_noise, ids_keep, drop = draw_step(
+        len(x), x.shape[1:], config.z_dim if z is None else z.shape[-1], config, generator,
+        x.device, t, noise, cls_noise, ids_keep, drop).values()
+    s, cls_t = t.view(-1, 1, 1, 1), None
+    x_t = (1 - s) * x + s * noise                                     # t = 0 is data, 1 is noise
+    v_target = patchify(noise - x, config.patch_size)                 # d x_t / dt: (N, T, p*p*C)
+    if config.class_token:
+        cls = at_least_float32(z[:, 0])
+        cls_t = (1 - t[:, None]) * cls + t[:, None] * cls_noise       # same t, noise of its own
+    y = torch.where(drop, config.num_classes, y)                      # the null class
+    v, v_cls, z_pred = model(x_t, t, y, cls_t, ids_keep)
+
+    # Dropped tokens are neither predicted nor aligned: all means run over the kept ones.
+    v_target = gather_tokens(v_target, ids_keep)                      # (N, K, p*p*C)
+    denoise = (at_least_float32(v) - v_target).square().mean()        # Eq. 10, first term
+    cls_loss = align = torch.zeros_like(denoise)
+    if config.class_token:                                            # Eq. 10, second term
+        cls_loss = (at_least_float32(v_cls) - (cls_noise - cls)).square().mean()
+    if z_pred is not None:                                            # Eq. 11
+        z = gather_tokens(z if config.class_token else z[:, 1:], ids_keep, config.class_token)
+        align = -F.cosine_similarity(at_least_float32(z_pred), at_least_float32(z), dim=-1).mean()
+    loss = denoise + config.cls_coeff * cls_loss + config.align_coeff * align
+    return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align)
+
+# ---- 5. Sampling: from t = 1 (noise) to t = 0 (data), with every token (as REPA, REG) ------------
+
+def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_cfg_scale: float,
+                    dtype) -> list:
+    """Velocities of state = [x] or [x, cls] at t, in float64; the network runs in `dtype`.
+
+    Guidance: v = v_null + w (v_label - v_null), where cfg_scale > 1. Both halves see the same
+    class token; its velocity stays that of the label where cls_cfg_scale <= 0."""
+    n, guided = len(y), cfg_scale > 1
+    if guided:
+        y = torch.cat([y, torch.full_like(y, model.num_classes)])
+        state = [torch.cat([part, part]) for part in state]
+    x, *cls = (part.to(dtype) for part in state)
+    out = model(x, x.new_full((len(y),), t), y, *cls)
+    velocities = [v.double() for v in (unpatchify(out.v, model.patch_size), out.v_cls)[:len(state)]]
+    if guided:
+        velocities = [v[n:] + w * (v[:n] - v[n:]) if w > 0 else v[:n]
+                      for v, w in zip(velocities, (cfg_scale, cls_cfg_scale))]
+    return velocities
+
+@torch.no_grad()
+def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scale: float = 1.0,
+                   cls_cfg_scale: Optional[float] = None, guidance_low: float = 0.0,
+                   guidance_high: float = 1.0, sde: bool = True, heun: bool = False):
+    """Integrates the reverse SDE with w_t = 2t, one network call per step -> latents like x.
+
+    x (N, C, H, W) and cls (N, z_dim) standard normal, y (N,) labels. Guidance acts where
+    guidance_low <= t <= guidance_high; cls_cfg_scale None means cfg_scale. The state is float64.
+    sde=False: dx/dt = v in equal steps; heun then averages v over both ends, but in the last."""
+    # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
+    # equation. With score = -(x + (1-t) v) / t, the drift v - (w_t / 2) score is (2-t) v + x.
+    state, dtype = [part.double() for part in (x, cls) if part is not None], x.dtype
+    cls_cfg_scale = cfg_scale if cls_cfg_scale is None else cls_cfg_scale
+    grid = torch.linspace(1.0, 0.04 if sde else 0.0, num_steps + (not sde), dtype=torch.float64)
+    times = grid.tolist() + [0.0] * sde
+    for t, t_next in zip(times, times[1:]):
+        scale, dt = cfg_scale if guidance_low <= t <= guidance_high else 1.0, t_next - t
+        drift = guided_velocity(model, state, t, y, scale, cls_cfg_scale, dtype)
+        if heun and t_next > 0:
+            ahead = [a + dt * v for a, v in zip(state, drift)]
+            there = guided_velocity(model, ahead, t_next, y, scale, cls_cfg_scale, dtype)
+            drift = [(v + w) / 2 for v, w in zip(drift, there)]
+        if sde:
+            drift = [(2 - t) * v + a for a, v in zip(state, drift)]
+        state = [a + dt * d for a, d in zip(state, drift)]
+        if sde and t_next > 0:                        # the last step, 0.04 -> 0, adds no noise
+            state = [a + math.sqrt(-2 * t * dt) * torch.randn_like(a) for a in state]
+    return state[0].to(dtype)
+
+euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
+
+# ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
+
+def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
+    """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
+
+    Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
+    help = f"; run once with internet, or fetch the file yourself and pass {flag} FILE" if flag else ""
+    try:
+        path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
+        if not path:    # ask once ourselves: offline, the hub's own client tries again for 45 s
+            urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
+            path = huggingface_hub.hf_hub_download(repo, filename)
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise BadInput(f"cannot read {path or f'{filename} of {repo}'} ({reason}){help}") from error
+
+class ViTTeacher(nn.Module):
+    """A frozen timm ViT, DINOv2-B/14 by default, with one patch for each token of our model.
+
+    Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim): class token, then patches in raster order,
+    all after the last LayerNorm. Raises BadInput for an unknown name or foreign weights."""
+    def __init__(self, name: str, grid: int, weights: str = ""):
+        super().__init__()
+        patch = re.search(r"vit_.*patch(\d+)", name)
+        if not patch or not timm.is_model(name):
+            raise BadInput(f"teacher {name!r} is no ViT of timm: try {Config.teacher}")
+        source, self.size = timm.get_pretrained_cfg(name), grid * int(patch[1])
+        found = read_weights(weights, source.hf_hub_id, "model.safetensors", "--teacher_weights")
+        try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
+            self.vit = timm.create_model(name, img_size=self.size, num_classes=0, pretrained=True,
+                                         pretrained_cfg_overlay=dict(state_dict=found))
+        except Exception as error:
+            raise BadInput(f"{weights} holds weights of another model than {name}") from error
+        self.dim = self.vit.num_features
+        self.register_buffer("mean", torch.tensor(source.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(source.std).view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
+        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic")
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            tokens = self.vit.forward_features(x)
+        patches = tokens[:, self.vit.num_prefix_tokens:]        # skips registers, if it has some
+        return at_least_float32(torch.cat([tokens[:, :1], patches], dim=1))
+
+class ClassifierTeacher(nn.Module):
+    """The demo's stand-in for DINOv2: a small classifier, trained in seconds, then frozen.
+
+    The story is the same: a network that understands clean images guides one that learns to draw.
+    Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, 64); its batch norms standardise the tokens."""
+    dim = 64
+
+    def __init__(self, grid: int, num_classes: int):
+        super().__init__()
+        self.patches = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(64, self.dim, 3, stride=2, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(grid), nn.BatchNorm2d(self.dim, affine=False))
+        self.pooled = nn.BatchNorm1d(self.dim, affine=False)
+        self.head = nn.Linear(self.dim, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(images.float() / 127.5 - 1).flatten(2).transpose(1, 2)
+        return torch.cat([self.pooled(patches.mean(dim=1)).unsqueeze(1), patches], dim=1)
+
+def build_teacher(config: Config, dataset: Dataset, device) -> Optional[nn.Module]:
+    """The frozen teacher of a run; None for a method that asks it nothing."""
+    if not config.class_token and config.align_coeff == 0:
+        return None
+    grid, threads = config.latent_shape[1] // config.patch_size, torch.get_num_threads()
+    if config.teacher == "classifier":
+        torch.manual_seed(config.seed)
+        teacher, generator = ClassifierTeacher(grid, config.num_classes), seeded("cpu", config.seed)
+        optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
+        torch.set_num_threads(1)    # so that every rank and every resumed run has the very same one
+        for _ in tqdm(range(config.teacher_steps), desc="training the teacher", leave=False):
+            picks = torch.randint(len(dataset), (64,), generator=generator).tolist()
+            images, y = (torch.stack(part) for part in zip(*(dataset[i][:2] for i in picks)))
+            optimizer.zero_grad()
+            F.cross_entropy(teacher.head(teacher(images)[:, 0]), y).backward()
+            optimizer.step()
+        torch.set_num_threads(threads)
+    else:
+        teacher = ViTTeacher(config.teacher, grid, config.teacher_weights)
+    return teacher.to(device).eval().requires_grad_(False)    # eval: batch norms must stand still
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's VAE: images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8).
+
+    Nothing is trained here, so it is the published tensors (diffusers' names, old or new) and the
+    order in which they act. Raises BadInput for a state dict that does not fit."""
+    def __init__(self, state_dict: dict, path: str = "the state dict"):
+        super().__init__()
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out/0"}
+        for name, value in state_dict.items():
+            self.register_buffer("/".join(new.get(part, part) for part in name.split(".")), value)
+        try:    # one small image finds out what is missing
+            self.decode(self.encode(torch.zeros(1, 3, 16, 16))[0])
+        except (AttributeError, RuntimeError) as error:
+            raise BadInput(f"{path} holds no SD-VAE: {str(error).splitlines()[0]}") from error
+
+    def params(self, name: str) -> tuple:
+        return getattr(self, f"{name}/weight"), getattr(self, f"{name}/bias")
+
+    def conv(self, name: str, h: torch.Tensor, stride: int = 1, padding: int = 1, norm: str = ""):
+        if norm:
+            h = F.silu(F.group_norm(h, 32, *self.params(norm), eps=1e-6))
+        return F.conv2d(h, *self.params(name), stride, padding)
+
+    def resnet(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(f"{name}/conv1", x, norm=f"{name}/norm1")
+        h = self.conv(f"{name}/conv2", h, norm=f"{name}/norm2")
+        return h + (x if h.shape == x.shape else self.conv(f"{name}/conv_shortcut", x, 1, 0))
+
+    def middle(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        x, attn = self.resnet(f"{name}/resnets/0", x), f"{name}/attentions/0"
+        h = F.group_norm(x, 32, *self.params(f"{attn}/group_norm"), eps=1e-6)
+        h = h.flatten(2).transpose(1, 2)                                             # (N, HW, C)
+        q, k, v = (F.linear(h, *self.params(f"{attn}/to_{part}")) for part in "qkv")
+        h = F.linear(F.scaled_dot_product_attention(q, k, v), *self.params(f"{attn}/to_out/0"))
+        return self.resnet(f"{name}/resnets/1", x + h.transpose(1, 2).reshape(x.shape))
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> tuple:
+        """Mean and standard deviation of the latents, unscaled."""
+        h = self.conv("encoder/conv_in", images)
+        for i in range(4):
+            stage = f"encoder/down_blocks/{i}"
+            for j in range(2):
+                h = self.resnet(f"{stage}/resnets/{j}", h)
+            if i < 3:
+                h = self.conv(f"{stage}/downsamplers/0/conv", F.pad(h, (0, 1, 0, 1)), 2, 0)
+        h = self.middle("encoder/mid_block", h)
+        h = self.conv("encoder/conv_out", h, norm="encoder/conv_norm_out")
+        mean, logvar = self.conv("quant_conv", h, 1, 0).chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of unscaled latents, about in [-1, 1]."""
+        h = self.conv("decoder/conv_in", self.conv("post_quant_conv", latents, 1, 0))
+        h = self.middle("decoder/mid_block", h)
+        for i in range(4):
+            stage = f"decoder/up_blocks/{i}"
+            for j in range(3):
+                h = self.resnet(f"{stage}/resnets/{j}", h)
+            if i < 3:
+                h = self.conv(f"{stage}/upsamplers/0/conv", F.interpolate(h, scale_factor=2.0))
+        return self.conv("decoder/conv_out", h, norm="decoder/conv_norm_out")
+
+def build_vae(config: Config, device) -> Optional[AutoencoderKL]:
+    """The SD-VAE of a run; None in pixel space."""
+    if config.vae == "none":
+        return None
+    file = "diffusion_pytorch_model.safetensors"
+    weights = read_weights(config.vae_weights, config.vae, file, "--vae_weights")
+    return AutoencoderKL(weights, config.vae_weights or config.vae).to(device)
+
+# Scales bring SD-VAE latents (its own constant) and pixels in [-1, 1] (ours) near variance 1.
+def encode_images(vae: Optional[AutoencoderKL], images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
+    x = images.float() / 127.5 - 1
+    return torch.cat(vae.encode(x), 1) * 0.18215 if vae else torch.cat([2 * x, 0 * x], 1)
+
+def decode_latents(vae: Optional[AutoencoderKL], x: torch.Tensor) -> torch.Tensor:
+    """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
+    parts = x.float().split(16)                                               # 16 fit in memory
+    images = torch.cat([vae.decode(part / 0.18215) if vae else part / 2 for part in parts])
+    return (255 * (images + 1) / 2).clamp(0, 255).to(torch.uint8)
+
+# ---- 7. Data: drawn shapes for the demo, image folders, latents encoded beforehand ---------------
+
+SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1, y points down
+    "disc": lambda x, y: torch.hypot(x, y) - 0.9,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.78,
+    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() - 0.5 * y, y) - 0.5,
+    "star": lambda x, y: torch.hypot(x, y) - 1 + 1.3 * (
+        (torch.atan2(x, -y) * 2.5 / math.pi + 0.5) % 1 - 0.5).abs(),
+    "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.3,
+                                        torch.maximum(x.abs(), y.abs()) - 0.95),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.22,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.8 - torch.hypot(x - 0.5, y)),
+    "heart": lambda x, y: torch.hypot(x, 0.15 - y - 0.65 * x.abs().sqrt()) - 0.85,
+}
+
+def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
+    """The demo's data, items (image uint8 (3, size, size), label), drawn once, kept in memory.
+
+    Image i shows class i % 8 in a random colour, place, size and tilt, decided by i alone."""
+    u = torch.rand(count, 13, 1, 1, generator=seeded("cpu", "shapes")).unbind(1)
+    line, labels = torch.arange(size) + 0.5, torch.arange(count) % len(SHAPES)
+    radius, tilt = size * (0.32 + 0.08 * u[0]), 0.2 * (u[1] - 0.5)
+    x = (line - size * (0.45 + 0.1 * u[2])) / radius                            # (count, 1, size)
+    y = (line[:, None] - size * (0.45 + 0.1 * u[3])) / radius                   # (count, size, 1)
+    x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
+    distance = torch.empty_like(x)
+    for k, shape in enumerate(SHAPES.values()):
+        distance[labels == k] = shape(x[labels == k], y[labels == k])
+    inside = (0.5 - distance * radius).clamp(0, 1)                               # antialiased
+    start, end, paint = (torch.stack(u[i:i + 3], dim=1) for i in (4, 7, 10))     # (count, 3, 1, 1)
+    ground = 0.4 * (start + (end - start) * line / size)             # dark, from one colour to another
+    images = torch.lerp(ground, 0.45 + 0.55 * paint, inside[:, None])
+    dataset = TensorDataset((images * 255).to(torch.uint8), labels)
+    dataset.classes = list(SHAPES)
+    return dataset
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+class FolderImages(ImageFolder):
+    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label[, cached moments]).
+
+    Raises BadInput for a folder without images, and for a file that is no image."""
+    def __init__(self, folder: str, size: int):
+        train = os.path.join(folder, "train")
+        try:
+            super().__init__(train if os.path.isdir(train) else folder)
+        except OSError as error:
+            raise BadInput(f"--data {folder} has no images as class/*.jpg: {error}") from error
+        self.size, self.moments = size, None
+        for path, _ in self.samples[::1 + len(self) // 1000]:         # a glance at 1000 headers
+            self.crop(path, header_only=True)
+
+    def crop(self, path: str, header_only: bool = False) -> Optional[np.ndarray]:
+        try:
+            with Image.open(path) as image:
+                return None if header_only else np.array(center_crop(image.convert("RGB"), self.size))
+        except Exception as error:
+            raise BadInput(f"{path} is no readable image: mend or remove it") from error
+
+    def __getitem__(self, i: int) -> tuple:
+        path, label = self.samples[i]
+        arrays = [self.crop(path).transpose(2, 0, 1), np.array(label)]
+        arrays += [] if self.moments is None else [np.array(self.moments[i])]
+        return tuple(torch.from_numpy(array) for array in arrays)
+
+def cache_file(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Path:
+    """Where the encoded latents are; the name changes with files, crop and VAE weights."""
+    names = [path[len(dataset.root):] for path, _ in dataset.samples]
+    key = (config.image_size, names, [float(value.double().sum()) for value in vae.buffers()])
+    return Path(config.cache, hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".npy")
+
+def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, rank, world_size):
+    """Encodes all of --data once, as float16 (mean, std); the ranks of a machine share the work.
+
+    A row counts as done when its standard deviations are set: so a killed run goes on."""
+    path, (c, h, w) = cache_file(config, dataset, vae), config.latent_shape
+    part = path.with_suffix(".part")
+    if rank == 0 and not path.exists() and not part.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(part, "w+", np.float16, (len(dataset), 2 * c, h, w))
+    if world_size > 1:
+        dist.barrier()
+    moments = np.load(path if path.exists() else part, mmap_mode="r+")
+    mine = np.array_split(np.arange(len(dataset)), world_size)[rank]
+    todo = mine[moments[mine, -1, -1, -1] == 0]
+    loader = DataLoader(Subset(dataset, todo.tolist()), 32, num_workers=config.workers)
+    with tqdm(desc="encoding", total=len(mine), initial=len(mine) - len(todo), disable=rank) as bar:
+        for ids, (images, _) in zip(np.split(todo, range(32, len(todo), 32)), loader):
+            moments[ids] = encode_images(vae, images.to(device)).half().cpu().numpy()
+            bar.update(len(ids))
+    moments.flush()
+    if world_size > 1:
+        dist.barrier()
+    if rank == 0 and part.exists():
+        part.rename(path)
+
+def index_batches(count: int, config: Config, start: int, rank: int, world_size: int) -> Iterator:
+    """Yields the image indices of this rank's micro-batches, from step `start` on.
+
+    The images form one endless stream, permuted anew in each epoch. Step s takes the s-th
+    batch_size of them, rank r the r-th part of those: the order depends on the seed alone."""
+    local, epoch, order = config.batch_size // world_size, None, None
+    for step in range(start, config.steps):
+        indices = []
+        for i in range(first := step * config.batch_size + rank * local, first + local):
+            if i // count != epoch:
+                epoch = i // count
+                order = torch.randperm(count, generator=seeded("cpu", "epoch", config.seed, epoch))
+            indices.append(int(order[i % count]))
+        yield from np.array_split(indices, config.accum)
+
+# ---- 8. The training loop ------------------------------------------------------------------------
+
+def setup_distributed() -> tuple:
+    """(rank, world_size, device) as torchrun says; plain python is one process."""
+    rank, world_size, local_rank, local_size = (int(os.environ.get(name, name.endswith("SIZE")))
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    device = torch.device(*("cuda", local_rank) if torch.cuda.is_available() else ("cpu",))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                                       # TF32
+    else:   # torchrun gives each process one thread: share the cores instead
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_size))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+def save_grid(images: torch.Tensor, names: list, path) -> None:
+    """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
+    zoom = max(1, 96 // images.shape[-1])                                # small images: big pixels
+    images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = make_grid(images, nrow=len(images) // len(names), pad_value=255).permute(1, 2, 0)
+    picture = Image.new("RGB", (grid.shape[1] + 80, grid.shape[0]), "white")
+    picture.paste(Image.fromarray(grid.numpy()), (80, 0))
+    for row, name in enumerate(names):
+        place = (6, (row + 0.5) * grid.shape[0] / len(names))
+        ImageDraw.Draw(picture).text(place, name[:12], fill="black", anchor="lm")
+    picture.save(path)
+
+def preview(model: SiT, vae: Optional[AutoencoderKL], config: Config, path, device) -> None:
+    """Draws 8 images of each of 8 classes, from the same noise at every step of a run."""
+    classes = sorted({round(k) for k in np.linspace(0, config.num_classes - 1, 8)})
+    y = torch.tensor(classes, device=device).repeat_interleave(8)
+    generator = seeded(device, "preview", config.seed)
+    drawn = draw_step(len(y), config.latent_shape, config.z_dim, config, generator, device)
+    x = euler_ode(model, drawn["noise"], y, drawn["cls_noise"] if config.class_token else None,
+                  num_steps=config.preview_steps, cfg_scale=config.preview_cfg_scale)
+    save_grid(decode_latents(vae, x), [config.class_names[k] for k in classes], path)
+
+@torch.no_grad()
+def load_batch(batch: list, eps: torch.Tensor, vae, teacher) -> tuple:
+    """A loader's batch -> latents x (N, C, h, w), labels y (N,), teacher tokens z or None."""
+    images, y, *moments = (part.to(eps.device, non_blocking=True) for part in batch)
+    mean, std = (moments[0].float() if moments else encode_images(vae, images)).chunk(2, dim=1)
+    return mean + std * eps, y, teacher(images) if teacher else None
+
+def resume(config: Config, path: Path, model: SiT, ema: SiT, optimizer) -> int:
+    """Loads the checkpoint at `path`; its step, or 0 if there is none. Raises BadInput."""
+    if not path.exists():
+        return 0
+    saved = read_weights(str(path))
+    network = ("class_token", "mixer_depth", "image_size", "vae", "num_classes", "z_dim", *_COLUMNS)
+    odd = [f"{name} {saved['config'][name]} there, {getattr(config, name)} here"
+           for name in network if saved["config"][name] != getattr(config, name)]
+    if odd:
+        raise BadInput(f"{path} holds another network ({'; '.join(odd)}): name another --out")
+    for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+        part.load_state_dict(saved[name])
+    return saved["step"]
+
+def train(config: Config) -> None:
+    """Trains the network of `config`, from its last checkpoint where there is one."""
+    rank, world_size, device = setup_distributed()
+    on_gpu, local = device.type == "cuda", config.batch_size // world_size
+    if config.batch_size % (world_size * config.accum):
+        raise BadInput(f"batch_size is {config.batch_size}: it must be a multiple of "
+                       f"{world_size} processes x accum {config.accum}")
+    dataset = (FolderImages(config.data, config.image_size) if config.data
+               else demo_shapes(config.image_size))
+    vae = build_vae(config, device)
+    if config.prepare:
+        return prepare(config, dataset, vae, device, rank, world_size)
+    if config.data and vae and cache_file(config, dataset, vae).exists():
+        dataset.moments = np.load(cache_file(config, dataset, vae), mmap_mode="r")
+    config = dataclasses.replace(config, num_classes=len(dataset.classes),
+                                 class_names=tuple(dataset.classes))
+    teacher = build_teacher(config, dataset, device)
+    config = dataclasses.replace(config, z_dim=teacher.dim if teacher else config.z_dim)
+    model = build_model(config).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.999), weight_decay=0.0,     # Tab. 7
+                                  fused=on_gpu)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    start = resume(config, out / "latest.pt", model, ema, optimizer)
+    if rank == 0:
+        print(f"{config.method}, {config.size}: {sum(p.numel() for p in trained) / 1e6:.1f}M weights; "
+              f"{len(dataset)} images, {config.num_classes} classes, latents "
+              f"{'cached' if getattr(dataset, 'moments', None) is not None else 'made on the fly'}; "
+              f"{world_size} x {device.type}; steps {start} to {config.steps}; run folder {out}")
+    if start >= config.steps:
+        print(f"{out} is finished: raise --steps for more, name another --out to start afresh")
+    if config.compile and on_gpu:
+        model.compile()                                         # in place: names of weights stay
+    ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    precision = functools.partial(torch.autocast, device.type, torch.bfloat16, config.bf16 and on_gpu)
+
+    # One fixed batch with all its tokens, so that masked and unmasked runs compare.
+    picks = np.linspace(0, len(dataset) - 1, min(32, len(dataset))).astype(int).tolist()
+    fixed = [torch.stack(part) for part in zip(*(dataset[i] for i in picks))]
+    noise = torch.randn(len(picks), *config.latent_shape).to(device)
+    fixed, whole = load_batch(fixed, noise, vae, teacher), dataclasses.replace(config, mask_ratio=0.0)
+
+    loader = iter(DataLoader(
+        dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
+        num_workers=config.workers, pin_memory=on_gpu))
+    sums, tick = 0.0, (start, time.time())
+    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank > 0):
+        # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
+        generator = seeded(device, "step", config.seed, step)
+        drawn = draw_step(config.batch_size, config.latent_shape, config.z_dim, config, generator, device)
+        drawn["eps"] = torch.randn(drawn["noise"].shape, generator=generator, device=device)
+        for part in range(config.accum):
+            first = rank * local + part * local // config.accum
+            mine = {name: value if value is None else value[first:first + local // config.accum]
+                    for name, value in drawn.items()}
+            x, y, z = load_batch(next(loader), mine.pop("eps"), vae, teacher)
+            ddp_model.require_backward_grad_sync = part + 1 == config.accum
+            with precision():
+                losses = training_losses(ddp_model, x, y, z, config, **mine)
+            (losses["loss"] / config.accum).backward()
+            sums += torch.stack(list(losses.values())).detach() / config.accum
+        grad_norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        decay = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.cosine_decay else 1.0
+        warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * decay * warmup
+        optimizer.step()
+        optimizer.zero_grad()
+        # After the optimizer, so that the average includes this step; positions and projector too.
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema_decay)
+
+        done, last = step + 1, step + 1 == config.steps
+        if done % config.log_every == 0 or last:
+            if world_size > 1:
+                dist.all_reduce(sums)
+            steps, seconds = done - tick[0], time.time() - tick[1]
+            means = dict(zip(losses, (sums / world_size / steps).tolist()))
+            with torch.no_grad(), precision():                  # model.forward: not the compiled one
+                full = training_losses(model.forward, *fixed, whole, generator=seeded(device, "fixed"))
+            means.update(align_full=full["align"].item(), grad_norm=grad_norm.item())
+            if rank == 0:
+                rate = config.batch_size * steps / seconds
+                left = tqdm.format_interval((config.steps - done) * seconds / steps)
+                tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items())
+                           + f" | {rate:.0f} images/s, {left} left")
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(dict(step=done, **means, images_per_s=rate)) + "\n")
+            sums, tick = 0.0, (done, time.time())
+        if rank == 0 and (done % config.save_every == 0 or last):
+            state = dict(model=model.state_dict(), ema=ema.state_dict(), step=done,
+                         optimizer=optimizer.state_dict(), config=dataclasses.asdict(config))
+            torch.save(state, out / "latest.pt.tmp")
+            os.replace(out / "latest.pt.tmp", out / "latest.pt")    # a killed run keeps the old one
+        if rank == 0 and (done % config.sample_every == 0 or last):
+            preview(ema, vae, config, out / f"samples-{done:07d}.png", device)
+            tqdm.write(f"samples: {out / f'samples-{done:07d}.png'}")
+
+def main() -> None:
+    """Trains from the command line; bad input ends it with one sentence."""
+    try:
+        train(parse_config())
+    except BadInput as error:
+        sys.exit(f"maskalign.py: {str(error).strip().splitlines()[-1]}")
+
+if __name__ == "__main__":
+    main()

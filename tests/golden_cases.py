@@ -1,0 +1,67 @@
+"""Reads tests/golden/public.json: weights and inputs rebuilt by name, outputs to compare with."""
+import json
+from pathlib import Path
+
+import golden_formula as formula
+import pytest
+import torch
+
+from maskalign import SiT, from_official, sincos_pos_embed
+
+HERE = Path(__file__).parent
+GOLD = json.loads((HERE / "golden" / "public.json").read_text())
+CASES = {case["id"]: case for case in GOLD["cases"]}
+
+
+def ids(prefix, without=()):
+    """Parametrises a test over the cases whose id starts with `prefix`."""
+    return pytest.mark.parametrize("case", [
+        case for name, case in CASES.items()
+        if name.startswith(prefix) and not any(word in name for word in without)],
+        ids=lambda case: case["id"])
+
+
+def weights(case, dtype=torch.float64, seed=None):
+    """The official state dict of a case."""
+    seed = case["seed"] if seed is None else seed
+    state = {key: torch.from_numpy(formula.param(key, shape, seed)).to(dtype)
+             for key, shape in case["state_dict"]}
+    if "pos_embed" in case.get("keep_official_init", []):
+        extra = state["pos_embed"].shape[1] - (case["config"]["input_size"] // 2) ** 2
+        table = sincos_pos_embed(state["pos_embed"].shape[2], case["config"]["input_size"] // 2)
+        state["pos_embed"] = torch.cat([torch.zeros(extra, table.shape[1]), table])[None].to(dtype)
+    return state
+
+
+def inputs(case, dtype=torch.float64):
+    """The inputs of a case, by name."""
+    tensors = {key: torch.from_numpy(formula.make(spec, case["seed"]))
+               for key, spec in case["inputs"].items()}
+    return {key: x.to(dtype) if x.is_floating_point() else x for key, x in tensors.items()}
+
+
+def model(case, dtype=torch.float64):
+    """Our SiT with the official weights of a case, loaded strictly."""
+    c, state = case["config"], from_official(weights(case, dtype))
+    sit = SiT(c["input_size"], c["patch_size"], c["in_channels"], c["hidden_size"], c["depth"],
+              c["num_heads"], len(state["y_embedder.embedding_table.weight"]) - 1, c["z_dims"][0],
+              c["projector_dim"], align_depth=c["encoder_depth"],
+              class_token="cls_norm.weight" in state, mixer_depth=0).to(dtype)
+    sit.load_state_dict(state)
+    return sit.eval()
+
+
+def assert_golden(value, case, name):
+    """Every statistic and sampled value agrees: 1e-10 in float64, the stored width in float32."""
+    gold = case["outputs"][name]
+    exact = value.dtype == torch.float64
+    array = value.detach().double().numpy().reshape(gold["shape"])
+    found = formula.summarize(array, f"{case['id']}/{name}", case["seed"])
+    limit = gold["atol64"] if exact else gold["atol32"]
+    pairs = list(zip(found["val"], gold["val"] if exact else gold["val32"]))
+    pairs += [(found[key], gold[key]) for key in ("mean", "probe")]
+    worst = max(abs(a - b) for a, b in pairs)
+    assert worst <= limit, f"{case['id']} {name}: off by {worst:.2e}, allowed {limit:.2e}"
+
+
+assert GOLD["self_check"] == formula.self_check(), "the golden formula was changed"
