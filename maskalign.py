@@ -83,8 +83,6 @@ class Config:
     batch_size: int = 256         # Tab. 7: images per step, over all processes
     accum: int = 1                # micro-batches per step and process, to save memory
     lr: float = 1e-4              # Tab. 7: AdamW, constant
-    warmup_steps: int = 0         # Tab. 7 has none
-    cosine_decay: bool = False    # Tab. 7: no; yes lowers lr to 0 over --steps
     grad_clip: float = 1.0        # as REG: largest gradient norm
     ema_decay: float = 0.9999     # Tab. 7: average of all weights, used for sampling
     label_dropout: float = 0.1    # Tab. 7: share of labels replaced by the null class
@@ -124,10 +122,9 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
     "maskalign-no-mixing": dict(mixer_depth=0),             # Tab. 3
     "maskalign-no-masking": dict(mask_ratio=0.0),           # Tab. 3
 }
-DEMO = dict(  # without --data: drawn shapes, and a schedule for minutes on a laptop
+DEMO = dict(  # without --data: drawn shapes, and a run of minutes on a laptop
     size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
-    lr=6e-3, warmup_steps=40, cosine_decay=True, ema_decay=0.99, workers=0, sample_every=500,
-    save_every=500, preview_steps=25)
+    lr=3e-3, ema_decay=0.99, workers=0, sample_every=500, save_every=500, preview_steps=25)
 
 def make_config(**typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
@@ -140,7 +137,7 @@ def make_config(**typed) -> Config:
     for name, value in vars(c).items():
         share = name in ("mask_ratio", "label_dropout", "ema_decay")
         zero = share or name in ("seed", "mixer_depth", "align_coeff", "cls_coeff", "workers",
-                                 "steps", "warmup_steps")
+                                 "steps")
         high = 1 if share else math.inf
         if type(value) in (int, float) and not (0 < value < high or value == 0 and zero):
             raise BadInput(f"{name} is {value}: it must lie in {'[(' [not zero]}0, {high})")
@@ -151,7 +148,7 @@ def make_config(**typed) -> Config:
             ("num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}"),
             ("image_size", c.image_size % unit == 0,
              f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"),
-            ("prepare", c.data or not c.prepare, "used with --data DIR")):
+            ("prepare", not c.prepare or c.data and c.vae != "none", "used with --data and a VAE")):
         if not fits:
             raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
     return dataclasses.replace(c, cache=c.cache or f"{c.data.rstrip('/')}-latents",
@@ -466,7 +463,7 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
 
     Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    help = f"; run once with internet, or fetch the file yourself and pass {flag} FILE" if flag else ""
+    help = f"; run once with internet, or bring the file here and pass {flag} FILE" if flag else ""
     try:
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         if not path:    # ask once ourselves: offline, the hub's own client tries again for 45 s
@@ -497,12 +494,13 @@ class ViTTeacher(nn.Module):
         except Exception as error:
             raise BadInput(f"{weights} holds weights of another model than {name}") from error
         self.dim = self.vit.num_features
-        self.register_buffer("mean", torch.tensor(source.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(source.std).view(3, 1, 1))
+        constants = torch.tensor([source.mean, source.std], dtype=torch.float64)
+        self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
-        x = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        mean, std = self.mean_std.to(dtype := next(self.parameters()).dtype)
+        x = (images.to(dtype) / 255 - mean) / std
         x = F.interpolate(x, size=(self.size, self.size), mode="bicubic")
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             tokens = self.vit.forward_features(x)
@@ -540,7 +538,8 @@ def build_teacher(config: Config, dataset: Dataset, device) -> Optional[nn.Modul
         teacher, generator = ClassifierTeacher(grid, config.num_classes), seeded("cpu", config.seed)
         optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
         torch.set_num_threads(1)    # so that every rank and every resumed run has the very same one
-        for _ in tqdm(range(config.teacher_steps), desc="training the teacher", leave=False):
+        for _ in tqdm(range(config.teacher_steps), desc="training the teacher", leave=False,
+                      disable="RANK" in os.environ and os.environ["RANK"] != "0"):
             picks = torch.randint(len(dataset), (64,), generator=generator).tolist()
             images, y = (torch.stack(part) for part in zip(*(dataset[i][:2] for i in picks)))
             optimizer.zero_grad()
@@ -562,7 +561,7 @@ class AutoencoderKL(nn.Module):
         for name, value in state_dict.items():
             self.register_buffer("/".join(new.get(part, part) for part in name.split(".")), value)
         try:    # one small image finds out what is missing
-            self.decode(self.encode(torch.zeros(1, 3, 16, 16))[0])
+            self.decode(self.encode(value.new_zeros(1, 3, 16, 16))[0])
         except (AttributeError, RuntimeError) as error:
             raise BadInput(f"{path} holds no SD-VAE: {str(error).splitlines()[0]}") from error
 
@@ -621,7 +620,7 @@ def build_vae(config: Config, device) -> Optional[AutoencoderKL]:
         return None
     file = "diffusion_pytorch_model.safetensors"
     weights = read_weights(config.vae_weights, config.vae, file, "--vae_weights")
-    return AutoencoderKL(weights, config.vae_weights or config.vae).to(device)
+    return AutoencoderKL(weights, config.vae_weights or config.vae).float().to(device)
 
 # Scales bring SD-VAE latents (its own constant) and pixels in [-1, 1] (ours) near variance 1.
 def encode_images(vae: Optional[AutoencoderKL], images: torch.Tensor) -> torch.Tensor:
@@ -694,10 +693,10 @@ class FolderImages(ImageFolder):
         for path, _ in self.samples[::1 + len(self) // 1000]:         # a glance at 1000 headers
             self.crop(path, header_only=True)
 
-    def crop(self, path: str, header_only: bool = False) -> Optional[np.ndarray]:
+    def crop(self, path: str, header_only: bool = False) -> np.ndarray:
         try:
-            with Image.open(path) as image:
-                return None if header_only else np.array(center_crop(image.convert("RGB"), self.size))
+            with Image.open(path) as file:
+                return header_only or np.array(center_crop(file.convert("RGB"), self.size))
         except Exception as error:
             raise BadInput(f"{path} is no readable image: mend or remove it") from error
 
@@ -804,9 +803,10 @@ def resume(config: Config, path: Path, model: SiT, ema: SiT, optimizer) -> int:
     if not path.exists():
         return 0
     saved = read_weights(str(path))
-    network = ("class_token", "mixer_depth", "image_size", "vae", "num_classes", "z_dim", *_COLUMNS)
     odd = [f"{name} {saved['config'][name]} there, {getattr(config, name)} here"
-           for name in network if saved["config"][name] != getattr(config, name)]
+           for name in ("method", "class_token", "align_coeff", "mixer_depth", "image_size", "vae",
+                        "num_classes", "z_dim", *_COLUMNS)
+           if saved["config"][name] != getattr(config, name)]
     if odd:
         raise BadInput(f"{path} holds another network ({'; '.join(odd)}): name another --out")
     for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
@@ -825,7 +825,8 @@ def train(config: Config) -> None:
     vae = build_vae(config, device)
     if config.prepare:
         return prepare(config, dataset, vae, device, rank, world_size)
-    if config.data and vae and cache_file(config, dataset, vae).exists():
+    cached = config.data and vae and cache_file(config, dataset, vae).exists()
+    if cached:
         dataset.moments = np.load(cache_file(config, dataset, vae), mmap_mode="r")
     config = dataclasses.replace(config, num_classes=len(dataset.classes),
                                  class_names=tuple(dataset.classes))
@@ -834,37 +835,38 @@ def train(config: Config) -> None:
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.999), weight_decay=0.0,     # Tab. 7
-                                  fused=on_gpu)
+    optimizer = torch.optim.AdamW(trained, config.lr, (0.9, 0.999), weight_decay=0.0, fused=on_gpu)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out / "latest.pt", model, ema, optimizer)
     if rank == 0:
-        print(f"{config.method}, {config.size}: {sum(p.numel() for p in trained) / 1e6:.1f}M weights; "
-              f"{len(dataset)} images, {config.num_classes} classes, latents "
-              f"{'cached' if getattr(dataset, 'moments', None) is not None else 'made on the fly'}; "
-              f"{world_size} x {device.type}; steps {start} to {config.steps}; run folder {out}")
-    if start >= config.steps:
-        print(f"{out} is finished: raise --steps for more, name another --out to start afresh")
+        print(f"{config.method}, {config.size}, {sum(p.numel() for p in trained) / 1e6:.1f}M weights; "
+              f"{len(dataset)} images, {config.num_classes} classes{', cached latents' * bool(cached)}; "
+              f"{world_size} x {device.type}; steps {start} to {config.steps}; writes to {out}")
+        if start >= config.steps:
+            print("this run is finished: raise --steps for more, name another --out to start afresh")
+        if (log := out / "log.jsonl").exists():    # forget what a killed run wrote past its checkpoint
+            lines = [line for line in log.open() if line.endswith("}\n")]
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     if config.compile and on_gpu:
         model.compile()                                         # in place: names of weights stay
     ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    precision = functools.partial(torch.autocast, device.type, torch.bfloat16, config.bf16 and on_gpu)
-
-    # One fixed batch with all its tokens, so that masked and unmasked runs compare.
-    picks = np.linspace(0, len(dataset) - 1, min(32, len(dataset))).astype(int).tolist()
-    fixed = [torch.stack(part) for part in zip(*(dataset[i] for i in picks))]
-    noise = torch.randn(len(picks), *config.latent_shape).to(device)
-    fixed, whole = load_batch(fixed, noise, vae, teacher), dataclasses.replace(config, mask_ratio=0.0)
+    precision = functools.partial(torch.autocast, device.type, torch.bfloat16,
+                                  enabled=config.bf16 and on_gpu)
+    # One fixed batch, with all its tokens: on it masked and unmasked runs compare.
+    fixed = [dataset[i * (len(dataset) - 1) // 31] for i in range(32)]
+    fixed = load_batch([torch.stack(part) for part in zip(*fixed)],
+                       torch.zeros(32, *config.latent_shape, device=device), vae, teacher)
+    whole = dataclasses.replace(config, mask_ratio=0.0)
 
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
-    sums, tick = 0.0, (start, time.time())
+    sums, since, tick = 0.0, start, time.time()
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank > 0):
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
-        generator = seeded(device, "step", config.seed, step)
-        drawn = draw_step(config.batch_size, config.latent_shape, config.z_dim, config, generator, device)
+        generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
+        drawn = draw_step(config.batch_size, shape, config.z_dim, config, generator, device)
         drawn["eps"] = torch.randn(drawn["noise"].shape, generator=generator, device=device)
         for part in range(config.accum):
             first = rank * local + part * local // config.accum
@@ -877,10 +879,6 @@ def train(config: Config) -> None:
             (losses["loss"] / config.accum).backward()
             sums += torch.stack(list(losses.values())).detach() / config.accum
         grad_norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
-        decay = (1 + math.cos(math.pi * step / config.steps)) / 2 if config.cosine_decay else 1.0
-        warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * decay * warmup
         optimizer.step()
         optimizer.zero_grad()
         # After the optimizer, so that the average includes this step; positions and projector too.
@@ -890,19 +888,18 @@ def train(config: Config) -> None:
         if done % config.log_every == 0 or last:
             if world_size > 1:
                 dist.all_reduce(sums)
-            steps, seconds = done - tick[0], time.time() - tick[1]
-            means = dict(zip(losses, (sums / world_size / steps).tolist()))
-            with torch.no_grad(), precision():                  # model.forward: not the compiled one
-                full = training_losses(model.forward, *fixed, whole, generator=seeded(device, "fixed"))
-            means.update(align_full=full["align"].item(), grad_norm=grad_norm.item())
             if rank == 0:
-                rate = config.batch_size * steps / seconds
-                left = tqdm.format_interval((config.steps - done) * seconds / steps)
-                tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items())
-                           + f" | {rate:.0f} images/s, {left} left")
+                with torch.no_grad(), precision():    # model.forward: the one that is not compiled
+                    full = training_losses(model.forward, *fixed, whole, generator=seeded(device, 0))
+                means = dict(zip(losses, (sums / world_size / (done - since)).tolist()),
+                             align_full=full["align"].item(), grad_norm=grad_norm.item())
+                pace = (time.time() - tick) / (done - since)
+                tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) +
+                           f" | {config.batch_size / pace:.0f} images/s, "
+                           f"{tqdm.format_interval((config.steps - done) * pace)} left")
                 with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(dict(step=done, **means, images_per_s=rate)) + "\n")
-            sums, tick = 0.0, (done, time.time())
+                    print(json.dumps(dict(step=done, **means, images_per_s=config.batch_size / pace)), file=log)
+            sums, since, tick = 0.0, done, time.time()
         if rank == 0 and (done % config.save_every == 0 or last):
             state = dict(model=model.state_dict(), ema=ema.state_dict(), step=done,
                          optimizer=optimizer.state_dict(), config=dataclasses.asdict(config))
@@ -910,7 +907,9 @@ def train(config: Config) -> None:
             os.replace(out / "latest.pt.tmp", out / "latest.pt")    # a killed run keeps the old one
         if rank == 0 and (done % config.sample_every == 0 or last):
             preview(ema, vae, config, out / f"samples-{done:07d}.png", device)
-            tqdm.write(f"samples: {out / f'samples-{done:07d}.png'}")
+            tqdm.write(f"samples: {out}/samples-{done:07d}.png")
+    if world_size > 1:
+        dist.destroy_process_group()
 
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""

@@ -1,0 +1,183 @@
+"""Teacher and VAE: the official networks, read from files of the published formats."""
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from golden_cases import CASES, assert_golden, inputs, weights
+
+import maskalign
+from maskalign import (AutoencoderKL, BadInput, ClassifierTeacher, ViTTeacher, build_teacher, build_vae,
+                       decode_latents, demo_shapes, encode_images, make_config, read_weights)
+
+DINO, VAE = CASES["dinov2/vit_s14_224"], CASES["vae/sd_vae"]
+NAME = "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.fixture(scope="module")
+def dino_file(tmp_path_factory):
+    """Meta's format: 37 x 37 positions and a mask token, in a .pth file."""
+    path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
+    torch.save(weights(DINO, torch.float32), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vae_weights():
+    return weights(VAE, torch.float32)
+
+
+def test_teacher_tokens_equal_the_official_ones(dino_file):
+    teacher, x = ViTTeacher(NAME, 16, dino_file).double().eval(), inputs(DINO)
+    assert_golden(teacher.vit.pos_embed, DINO, "pos_embed_resampled")
+    with torch.no_grad():
+        assert_golden(teacher.vit.forward_features(x["pixels"]), DINO, "forward_features")
+        tokens = teacher(x["image_u8"].to(torch.uint8))     # 256 px: normalise, bicubic to 224
+        assert_golden(tokens, DINO, "image_features")
+    assert tokens.shape == (1, 257, 384) == (1, 1 + 16 ** 2, teacher.dim)
+
+
+def test_teacher_in_float32_equals_the_official_run(dino_file):
+    teacher, x = ViTTeacher(NAME, 16, dino_file).eval(), inputs(DINO, torch.float32)
+    with torch.no_grad():
+        assert_golden(teacher(x["image_u8"].to(torch.uint8)), DINO, "image_features")
+
+
+def test_teacher_reads_timms_format_like_metas(dino_file, tmp_path):
+    """timm's file of the same network: safetensors, without a mask token."""
+    state = read_weights(dino_file)
+    path = str(tmp_path / "model.safetensors")
+    safetensors.torch.save_file({k: v.clone() for k, v in state.items() if k != "mask_token"}, path)
+    image = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
+    a, b = (ViTTeacher(NAME, 16, file).eval() for file in (dino_file, path))
+    with torch.no_grad():
+        assert torch.equal(a(image), b(image))
+
+
+def test_teacher_has_one_patch_per_latent_token_at_any_size(dino_file):
+    teacher = ViTTeacher(NAME, 4, dino_file).eval()
+    with torch.no_grad():
+        assert teacher(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 17, 384)
+
+
+def test_built_teacher_is_frozen_and_in_eval_mode(dino_file):
+    config = make_config(data="x", teacher=NAME, teacher_weights=dino_file, image_size=64)
+    teacher = build_teacher(config, None, "cpu")
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert build_teacher(make_config(data="x", method="sit"), None, "cpu") is None
+
+
+def test_a_file_of_another_teacher_is_refused_with_one_sentence(dino_file):
+    with pytest.raises(BadInput, match="dinov2_vits14_pretrain.pth holds weights of another model"):
+        ViTTeacher("vit_base_patch14_dinov2.lvd142m", 16, dino_file)
+    with pytest.raises(BadInput, match="'resnet50' is no ViT of timm"):
+        ViTTeacher("resnet50", 16, dino_file)
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_broken_weights_file_is_refused_with_one_sentence(content, suffix, tmp_path):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=f"cannot read .*broken{suffix}") as caught:
+        read_weights(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weights_file_cannot_run_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weight": Attack()}, tmp_path / "attack.pth")
+    with pytest.raises(BadInput, match="cannot read"):
+        read_weights(str(tmp_path / "attack.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("build, flag, file", [
+    (lambda c: build_teacher(c, None, "cpu"), "--teacher_weights", "model.safetensors"),
+    (lambda c: build_vae(c, "cpu"), "--vae_weights", "diffusion_pytorch_model.safetensors")])
+def test_offline_without_a_file_names_both_ways_out_quickly(build, flag, file, monkeypatch, tmp_path):
+    monkeypatch.setattr(maskalign.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(maskalign.huggingface_hub, "try_to_load_from_cache", lambda *a: None)
+    start = time.monotonic()
+    with pytest.raises(BadInput, match=f"cannot read {file} of .*internet.* {flag} FILE"):
+        build(make_config(data="x"))
+    waited = time.monotonic() - start
+    assert waited < 15, "the hub client's own retries take 45 s"
+
+
+def test_a_file_in_the_hubs_cache_is_used_without_internet(monkeypatch, dino_file):
+    monkeypatch.setattr(maskalign.huggingface_hub, "try_to_load_from_cache", lambda *a: dino_file)
+    assert ViTTeacher(NAME, 4).dim == 384
+
+
+def test_vae_equals_the_published_one(vae_weights):
+    vae = AutoencoderKL({k: v.double() for k, v in vae_weights.items()})
+    x = inputs(VAE)
+    mean, std = vae.encode(x["image_u8"].double() / 127.5 - 1)
+    assert_golden(mean, VAE, "mean")
+    assert_golden(std, VAE, "std")
+    assert_golden((mean + std * x["eps"]) * 0.18215, VAE, "scaled_sample")
+    assert_golden(vae.decode(x["latent"]), VAE, "decoded")
+    assert_golden(vae.decode(x["latent"] / 0.18215), VAE, "decoded_div_scale")
+
+
+def test_vae_reads_files_with_the_old_attention_names(vae_weights, tmp_path):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key, value in vae_weights.items():
+        for new in old:
+            key = key.replace(f".{new}.", f".{old[new]}.")
+        renamed[key] = value
+    assert sum("proj_attn" in key for key in renamed) == 4
+    path = str(tmp_path / "old.safetensors")
+    safetensors.torch.save_file(renamed, path)
+    vae = build_vae(make_config(data="x", vae_weights=path), "cpu")
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(vae.encode(x)[0], AutoencoderKL(vae_weights).encode(x)[0])
+
+
+def test_latents_are_scaled_and_pixels_truncated_as_in_repa(vae_weights):
+    vae, x = AutoencoderKL(vae_weights), inputs(VAE, torch.float32)
+    moments = encode_images(vae, x["image_u8"].to(torch.uint8))
+    mean, std = moments.chunk(2, dim=1)
+    assert_golden(mean / 0.18215, VAE, "mean")
+    assert_golden(mean + std * x["eps"], VAE, "scaled_sample")
+    pixels = decode_latents(vae, x["latent"] * 0.18215).permute(0, 2, 3, 1)
+    assert_golden(pixels.float(), VAE, "decoded_u8_nhwc")
+    decoded = (255 * (vae.decode(x["latent"]) + 1) / 2).clamp(0, 255).permute(0, 2, 3, 1)
+    assert (pixels == decoded.floor()).float().mean() > 0.999             # truncated, not rounded
+    assert (pixels == decoded.round()).float().mean() < 0.9
+
+
+def test_pixel_space_is_exact_up_to_rounding():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = encode_images(None, images).chunk(2, dim=1)
+    assert not std.any() and mean.abs().max() <= 2
+    assert (decode_latents(None, mean).int() - images.int()).abs().max() <= 1
+
+
+def test_weights_that_are_no_vae_are_refused_with_one_sentence(dino_file, vae_weights):
+    with pytest.raises(BadInput, match="dinov2_vits14_pretrain.pth holds no SD-VAE"):
+        build_vae(make_config(data="x", vae_weights=dino_file), "cpu")
+    short = {k: v for k, v in vae_weights.items() if "conv_shortcut" not in k}
+    with pytest.raises(BadInput, match="holds no SD-VAE"):
+        AutoencoderKL(short)
+
+
+def test_demo_teacher_learns_its_classes_and_standardises_its_tokens():
+    data = demo_shapes(24, 2048)
+    config = make_config(num_classes=8, teacher_steps=150)
+    teacher = build_teacher(config, data, "cpu")
+    images, labels = data.tensors
+    with torch.no_grad():
+        z = teacher(images[:512])
+        assert (teacher.head(z[:, 0]).argmax(-1) == labels[:512]).float().mean() > 0.9
+    assert isinstance(teacher, ClassifierTeacher) and z.shape == (512, 37, 64)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    for tokens in (z[:, 0], z[:, 1:].flatten(0, 1)):
+        assert tokens.mean().abs() < 0.2 and 0.7 < tokens.std() < 1.3
+    again = build_teacher(config, data, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), again.state_dict().values()))

@@ -1,0 +1,244 @@
+"""The loop: it runs as typed, resumes to the bit, and does not depend on the number of processes."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import CASES, weights
+from PIL import Image
+from test_data import make_folder
+
+import maskalign
+from maskalign import METHODS, BadInput, build_model, euler_ode, index_batches, make_config, train
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(steps=6, batch_size=8, hidden_size=32, num_heads=2, depth=3, align_depth=2, projector_dim=16,
+            teacher_steps=3, preview_steps=2, log_every=2, save_every=3, sample_every=100)
+
+
+def launch(*argv, processes=0, check=True):
+    """maskalign.py as a user starts it: by torchrun for processes > 0, else by python."""
+    start = [sys.executable] if not processes else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    done = subprocess.run([*start, str(ROOT / "maskalign.py"), *flags, *map(str, argv)],
+                          capture_output=True, text=True, timeout=200)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def checkpoint(out):
+    return torch.load(Path(out) / "latest.pt", weights_only=True)
+
+
+def assert_same(a, b, **tolerance):
+    """The same nested checkpoint: to the bit, or within a tolerance."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], **tolerance)
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y, **tolerance)
+    elif torch.is_tensor(a):
+        torch.testing.assert_close(a, b, **(tolerance or dict(rtol=0, atol=0)))
+    else:
+        assert a == b
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path):
+    first = launch("--out", tmp_path, processes=1)
+    assert "steps 0 to 6" in first.stdout
+    assert sorted(os.listdir(tmp_path)) == ["latest.pt", "log.jsonl", "samples-0000006.png"]
+    assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2 + 80, 8 * 98 + 2)
+    lines = log(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {"loss", "denoise", "cls", "align", "align_full", "grad_norm", "images_per_s"} < set(lines[0])
+    again = launch("--out", tmp_path, processes=1)
+    assert "finished: raise --steps" in again.stdout and len(log(tmp_path)) == 3
+    more = launch("--out", tmp_path, "--steps", 8)
+    assert "steps 6 to 8" in more.stdout and [line["step"] for line in log(tmp_path)] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_its_ema_follows(method, tmp_path):
+    train(make_config(method=method, out=str(tmp_path), **TINY))
+    state, config = checkpoint(tmp_path), make_config(method=method, out=str(tmp_path), **TINY)
+    fresh = build_model(maskalign.Config(**state["config"])).state_dict()
+    assert state["step"] == 6 and set(state) == {"model", "ema", "optimizer", "step", "config"}
+    assert state["config"]["method"] == config.method and state["config"]["num_classes"] == 8
+    for name in fresh:
+        moved = not torch.equal(fresh[name], state["model"][name])
+        assert moved != (name == "pos_embed"), name
+        if moved and name != "y_embedder.embedding_table.weight":
+            between = (state["ema"][name] - fresh[name]).norm() / (state["model"][name] - fresh[name]).norm()
+            assert 0 < between < 0.2, name                     # decay 0.99, six steps
+
+
+def test_ema_is_the_running_average_of_all_steps(tmp_path):
+    options = {**TINY, "steps": 1, "ema_decay": 0.9, "save_every": 1}
+    fresh, average = None, None
+    for steps in (1, 2, 3):
+        train(make_config(out=str(tmp_path), **{**options, "steps": steps}))
+        state = checkpoint(tmp_path)
+        if fresh is None:
+            fresh = average = build_model(maskalign.Config(**state["config"])).state_dict()
+        average = {name: 0.9 * average[name] + 0.1 * state["model"][name] for name in average}
+    assert_same(state["ema"], average, rtol=1e-5, atol=1e-7)
+
+
+def test_interrupted_run_ends_bit_equal(tmp_path, monkeypatch):
+    train(make_config(out=str(tmp_path / "whole"), **TINY))
+    replace, saves = os.replace, []
+
+    def kill_after_the_first_save(*names):
+        replace(*names)
+        saves.append(names)
+        if len(saves) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", kill_after_the_first_save)
+    config = make_config(out=str(tmp_path / "cut"), **TINY)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert checkpoint(tmp_path / "cut")["step"] == 3
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')      # written past the checkpoint
+    train(config)
+    whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    for name in ("model", "ema", "optimizer", "step"):
+        assert_same(whole[name], cut[name])
+    assert [line["step"] for line in log(tmp_path / "cut")] == [2, 4, 6]
+
+
+def test_n_steps_and_n_more_equal_2n_steps(tmp_path):
+    train(make_config(out=str(tmp_path / "whole"), **TINY))
+    for steps in (2, 6):
+        train(make_config(out=str(tmp_path / "parts"), **{**TINY, "steps": steps}))
+    for name in ("model", "ema", "optimizer", "step"):
+        assert_same(checkpoint(tmp_path / "whole")[name], checkpoint(tmp_path / "parts")[name])
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    train(make_config(out=str(tmp_path), **{**TINY, "steps": 3}))
+
+    def disk_full(state, path):
+        Path(path).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError):
+        train(make_config(out=str(tmp_path), **TINY))
+    assert checkpoint(tmp_path)["step"] == 3
+
+
+def test_two_processes_follow_one(tmp_path):
+    """Same images, noise, masks and dropped labels; the sums differ by rounding alone."""
+    launch("--out", tmp_path / "one", processes=1)
+    launch("--out", tmp_path / "two", processes=2)
+    launch("--out", tmp_path / "accum", "--accum", 2, processes=2)
+    one = checkpoint(tmp_path / "one")
+    for other in ("two", "accum"):
+        state = checkpoint(tmp_path / other)
+        for name in ("model", "ema"):
+            assert_same(one[name], state[name], rtol=1e-3, atol=2e-5)
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
+            assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4) for key in
+                       ("loss", "denoise", "cls", "align", "align_full", "grad_norm"))
+
+
+def test_another_seed_is_another_trajectory(tmp_path):
+    for seed in (0, 1):
+        train(make_config(out=str(tmp_path / str(seed)), seed=seed, **{**TINY, "steps": 2}))
+    a, b = (log(tmp_path / str(seed))[0]["denoise"] for seed in (0, 1))
+    assert a != b
+
+
+def test_training_lowers_every_loss(tmp_path):
+    train(make_config(out=str(tmp_path), **{**TINY, "steps": 60, "log_every": 20, "teacher_steps": 60,
+                                            "batch_size": 16}))
+    first, *_, last = log(tmp_path)
+    assert all(last[name] < first[name] for name in ("loss", "denoise", "align", "align_full"))
+
+
+def test_full_token_alignment_compares_masked_and_unmasked_runs(tmp_path):
+    """Same fixed images, same noise: before training, the mask makes no difference to it."""
+    values = []
+    for mask_ratio in (0.0, 0.75):
+        out = tmp_path / str(mask_ratio)
+        train(make_config(out=str(out), mask_ratio=mask_ratio, lr=1e-12, **{**TINY, "steps": 1}))
+        values.append(log(out)[0]["align_full"])
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly(tmp_path):
+    """The ImageNet path, small: true file formats, made-up values, latents prepared by two processes."""
+    folder = make_folder(tmp_path / "data", per_class=5, size=(70, 50))
+    for name, case in (("vae", "vae/sd_vae"), ("dino", "dinov2/vit_s14_224")):
+        torch.save(weights(CASES[case], torch.float32), tmp_path / f"{name}.pth")
+    flags = [f"--data={folder}", f"--vae_weights={tmp_path}/vae.pth", "--image_size=32", "--workers=1",
+             "--teacher=vit_small_patch14_dinov2.lvd142m", f"--teacher_weights={tmp_path}/dino.pth",
+             "--batch_size=4", "--steps=2"]
+    launch(*flags, f"--out={tmp_path}/direct")
+    launch(*flags, "--prepare", processes=2)
+    cached = launch(*flags, f"--out={tmp_path}/cached")
+    assert "cached latents" in cached.stdout
+    direct, cached = (checkpoint(tmp_path / name) for name in ("direct", "cached"))
+    assert direct["config"]["class_names"] == ("cat", "dog") and direct["config"]["z_dim"] == 384
+    assert_same(direct["model"], cached["model"], rtol=1e-2, atol=1e-3)              # float16 latents
+    assert (tmp_path / "cached" / "samples-0000002.png").exists()
+
+
+def test_pixel_space_folder_trains_with_its_own_classifier(tmp_path):
+    folder = make_folder(tmp_path / "data")
+    train(make_config(data=folder, vae="none", teacher="classifier", image_size=16, workers=0,
+                      out=str(tmp_path / "out"), **TINY))
+    assert checkpoint(tmp_path / "out")["config"]["class_names"] == ("cat", "dog")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere"], "--data nowhere has no images"),
+    (["--batch_size", "9", "--accum", "2"], "batch_size is 9: it must be a multiple of 1 processes x accum 2"),
+    (["--method", "mae"], "unknown method 'mae': choose from sit, repa, reg, maskalign"),
+])
+def test_bad_input_ends_the_program_with_one_sentence(argv, message, tmp_path):
+    done = launch(*argv, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 1 and done.stderr.startswith(f"maskalign.py: {message}")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_image_in_a_worker_ends_with_its_name(tmp_path):
+    folder = make_folder(tmp_path / "data", per_class=5)
+    broken = tmp_path / "data" / "cat" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = launch(f"--data={folder}", "--vae=none", "--teacher=classifier", "--image_size=16", "--method=sit",
+                  "--workers=1", f"--out={tmp_path}/out", check=False)
+    assert done.returncode == 1 and "cat/2.png is no readable image" in done.stderr.splitlines()[-1]
+
+
+def test_resuming_with_another_network_shows_what_differs(tmp_path):
+    train(make_config(out=str(tmp_path), **{**TINY, "steps": 1}))
+    with pytest.raises(BadInput, match="holds another network .*mixer_depth 2 there, 1 here"):
+        train(make_config(out=str(tmp_path), mixer_depth=1, **TINY))
+    with pytest.raises(BadInput, match="method maskalign there, reg here.*name another --out"):
+        train(make_config(out=str(tmp_path), method="reg", **TINY))
+    assert checkpoint(tmp_path)["step"] == 1
+
+
+def test_the_models_of_a_run_can_be_rebuilt_from_its_checkpoint_alone(tmp_path):
+    train(make_config(out=str(tmp_path), **{**TINY, "steps": 1}))
+    state = checkpoint(tmp_path)
+    config = maskalign.Config(**state["config"])
+    model = build_model(config)
+    model.load_state_dict(state["ema"])
+    x = euler_ode(model.eval(), torch.randn(2, *config.latent_shape), torch.tensor([0, 7]),
+                  torch.randn(2, config.z_dim), num_steps=2)
+    assert x.shape == (2, 3, 24, 24) and torch.isfinite(x).all()
+    assert list(index_batches(8192, config, 1, 0, 1)) == []
