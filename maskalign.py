@@ -25,7 +25,7 @@ import argparse, copy, dataclasses, functools, hashlib, inspect, json, math, os,
 import urllib.request
 from collections import namedtuple
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator
 
 import huggingface_hub
 import numpy as np
@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -46,7 +46,6 @@ class BadInput(ValueError):
     """What the user can mend; the message is one sentence: the thing, its value, the way out."""
 
 # ---- 1. Settings: one dataclass, and tables whose rows override it (Tab. 7) ----------------------
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. Defaults are the paper's main run; the comments become --help."""
@@ -154,7 +153,7 @@ def make_config(**typed) -> Config:
     return dataclasses.replace(c, cache=c.cache or f"{c.data.rstrip('/')}-latents",
                                out=c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2"))
 
-def parse_config(argv: Optional[list] = None) -> Config:
+def parse_config(argv: list | None = None) -> Config:
     """Config from the command line: one flag per field of Config, its comment is its help."""
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(
@@ -174,7 +173,6 @@ def seeded(device, *key) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
-
 class TimestepEmbedder(nn.Module):
     """t (N,) in [0, 1] -> (N, D): 128 cosines and 128 sines of t, then a small MLP."""
     def __init__(self, hidden_size: int):
@@ -183,11 +181,12 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        # Always float32: in bf16 neighbouring times would look the same.
+        # float32 also under autocast: in bf16 neighbouring times would look the same.
         i = torch.arange(128, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * i / 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        with torch.autocast(t.device.type, enabled=False):
+            return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 def sincos_pos_embed(dim: int, side: int) -> torch.Tensor:
     """Fixed positions (side^2, dim) in raster order; the first half of dim codes the column."""
@@ -201,7 +200,8 @@ def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 class Block(nn.Module):
-    """SiT block (adaLN-Zero): h (N, K, D), c (N, 1, D) -> (N, K, D). At init, the identity."""
+    """SiT block (adaLN-Zero): h (N, K, D), c (N, 1, D) from (t, y) -> (N, K, D).
+    The condition c sets shift, scale and gate; gates start at 0, so a new block is the identity."""
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, qkv_bias=True)  # scaled_dot_product_attention
@@ -242,18 +242,16 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * patch_size, side * patch_size)
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
-
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
-                        generator: Optional[torch.Generator] = None) -> torch.Tensor:
+                        generator: torch.Generator | None = None) -> torch.Tensor:
     """S of Eq. 7: ids_keep (n, len_keep), uniform without replacement, anew for each image.
-
     len_keep = round((1 - mask_ratio) num_tokens). Ids ascend, so that ratio 0 is the identity;
     they are on the generator's device."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     scores = torch.rand(n, num_tokens, generator=generator, device=generator and generator.device)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
 
-def gather_tokens(tokens: torch.Tensor, ids_keep: Optional[torch.Tensor], class_token=False):
+def gather_tokens(tokens: torch.Tensor, ids_keep: torch.Tensor | None, class_token=False):
     """(N, [1+]T, D), ids_keep (N, K) or None (all) -> (N, [1+]K, D). A class token stays."""
     if ids_keep is None:
         return tokens
@@ -265,14 +263,13 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")
 
 class SiT(nn.Module):
     """Scalable interpolant transformer with REPA's projector, REG's class token, our mixer.
-
     class_token: the teacher's noised class token is one more token, before the patches.
     mixer_depth: blocks on all tokens before the mask, not counted in depth.
     align_depth: tokens are projected to z_dim after this block (from 1); 0 or None: never.
     It draws no random number: masks and dropped labels come as arguments."""
     def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int,
                  depth: int, num_heads: int, num_classes: int, z_dim: int,
-                 projector_dim: int = 2048, align_depth: Optional[int] = None,
+                 projector_dim: int = 2048, align_depth: int | None = None,
                  class_token: bool = False, mixer_depth: int = 0, mlp_ratio: float = 4.0):
         super().__init__()
         if not 0 <= (align_depth or 0) <= depth:
@@ -314,10 +311,9 @@ class SiT(nn.Module):
         self.pos_embed.data[0, int(self.class_token):] = positions    # the class token has none
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor,
-                cls: Optional[torch.Tensor] = None,
-                ids_keep: Optional[torch.Tensor] = None) -> SiTOutput:
+                cls: torch.Tensor | None = None,
+                ids_keep: torch.Tensor | None = None) -> SiTOutput:
         """Velocities at noisy x (N, C, H, W), t (N,) in [0, 1], y (N,), noisy cls (N, z_dim).
-
         ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling."""
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)
         c = c.unsqueeze(1)                                                           # (N, 1, D)
@@ -353,11 +349,9 @@ def from_official(state_dict: dict) -> dict:
     return state_dict
 
 # ---- 4. The objective (Eq. 10 and 11) ------------------------------------------------------------
-
 def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None) -> dict:
     """Everything random in a step of n images; what is given stays as it is.
-
     t (n,) uniform on [0, 1), noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None
     where no token is dropped, drop (n,) True where the label becomes the null class."""
     on = dict(generator=generator, device=device)
@@ -374,11 +368,10 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses are taken in float32, or wider where the inputs are: a bf16 cosine is too coarse."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: Optional[torch.Tensor],
+def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None,
                     config: Config, *, t=None, noise=None, cls_noise=None, ids_keep=None,
                     drop=None, generator=None) -> dict:
     """The objective on a batch: {"loss", "denoise", "cls", "align"}, all scalars.
-
     x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, D) teacher tokens, class token first
     (ignored by methods without one; z may be None for `sit`). See draw_step for the others: what
     is None is drawn. `model` is anything called as model(x_t, t, y, cls_t, ids_keep)."""
@@ -407,13 +400,11 @@ def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: Optional[torch.T
     return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align)
 
 # ---- 5. Sampling: from t = 1 (noise) to t = 0 (data), with every token (as REPA, REG) ------------
-
 def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_cfg_scale: float,
                     dtype) -> list:
     """Velocities of state = [x] or [x, cls] at t, in float64; the network runs in `dtype`.
-
-    Guidance: v = v_null + w (v_label - v_null), where cfg_scale > 1. Both halves see the same
-    class token; its velocity stays that of the label where cls_cfg_scale <= 0."""
+    Classifier-free guidance where cfg_scale w > 1: v = v_null + w (v_label - v_null). Both halves
+    see the same class token; its velocity stays that of the label where cls_cfg_scale <= 0."""
     n, guided = len(y), cfg_scale > 1
     if guided:
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
@@ -428,15 +419,15 @@ def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_
 
 @torch.no_grad()
 def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scale: float = 1.0,
-                   cls_cfg_scale: Optional[float] = None, guidance_low: float = 0.0,
+                   cls_cfg_scale: float | None = None, guidance_low: float = 0.0,
                    guidance_high: float = 1.0, sde: bool = True, heun: bool = False):
     """Integrates the reverse SDE with w_t = 2t, one network call per step -> latents like x.
-
     x (N, C, H, W) and cls (N, z_dim) standard normal, y (N,) labels. Guidance acts where
     guidance_low <= t <= guidance_high; cls_cfg_scale None means cfg_scale. The state is float64.
     sde=False: dx/dt = v in equal steps; heun then averages v over both ends, but in the last."""
     # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
-    # equation. With score = -(x + (1-t) v) / t, the drift v - (w_t / 2) score is (2-t) v + x.
+    # equation. The score, the gradient of log density, is -(x + (1-t) v) / t: so the drift
+    # v - (w_t / 2) score is (2-t) v + x, and a step of dt < 0 adds noise of variance w_t |dt|.
     state, dtype = [part.double() for part in (x, cls) if part is not None], x.dtype
     cls_cfg_scale = cfg_scale if cls_cfg_scale is None else cls_cfg_scale
     grid = torch.linspace(1.0, 0.04 if sde else 0.0, num_steps + (not sde), dtype=torch.float64)
@@ -446,24 +437,22 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
         drift = guided_velocity(model, state, t, y, scale, cls_cfg_scale, dtype)
         if heun and t_next > 0:
             ahead = [a + dt * v for a, v in zip(state, drift)]
-            there = guided_velocity(model, ahead, t_next, y, scale, cls_cfg_scale, dtype)
-            drift = [(v + w) / 2 for v, w in zip(drift, there)]
+            v_ahead = guided_velocity(model, ahead, t_next, y, scale, cls_cfg_scale, dtype)
+            drift = [(v + v2) / 2 for v, v2 in zip(drift, v_ahead)]
         if sde:
             drift = [(2 - t) * v + a for a, v in zip(state, drift)]
         state = [a + dt * d for a, d in zip(state, drift)]
-        if sde and t_next > 0:                        # the last step, 0.04 -> 0, adds no noise
+        if sde and t_next > 0:      # the last step, 0.04 -> 0, adds none: it would stay visible
             state = [a + math.sqrt(-2 * t * dt) * torch.randn_like(a) for a in state]
     return state[0].to(dtype)
 
 euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
 
 # ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
-
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
-
     Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    help = f"; run once with internet, or bring the file here and pass {flag} FILE" if flag else ""
+    advice = f"; run once with internet, or bring that file and pass {flag} FILE" if flag else ""
     try:
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         if not path:    # ask once ourselves: offline, the hub's own client tries again for 45 s
@@ -474,11 +463,11 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise BadInput(f"cannot read {path or f'{filename} of {repo}'} ({reason}){help}") from error
+        name = path or f"{filename} of {repo}"
+        raise BadInput(f"cannot read {name} ({reason}){advice}") from error
 
 class ViTTeacher(nn.Module):
     """A frozen timm ViT, DINOv2-B/14 by default, with one patch for each token of our model.
-
     Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim): class token, then patches in raster order,
     all after the last LayerNorm. Raises BadInput for an unknown name or foreign weights."""
     def __init__(self, name: str, grid: int, weights: str = ""):
@@ -493,6 +482,8 @@ class ViTTeacher(nn.Module):
                                          pretrained_cfg_overlay=dict(state_dict=found))
         except Exception as error:
             raise BadInput(f"{weights} holds weights of another model than {name}") from error
+        if not getattr(self.vit, "has_class_token", False):
+            raise BadInput(f"teacher {name!r} has no class token: try {Config.teacher}")
         self.dim = self.vit.num_features
         constants = torch.tensor([source.mean, source.std], dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
@@ -509,7 +500,6 @@ class ViTTeacher(nn.Module):
 
 class ClassifierTeacher(nn.Module):
     """The demo's stand-in for DINOv2: a small classifier, trained in seconds, then frozen.
-
     The story is the same: a network that understands clean images guides one that learns to draw.
     Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, 64); its batch norms standardise the tokens."""
     dim = 64
@@ -519,29 +509,28 @@ class ClassifierTeacher(nn.Module):
         self.patches = nn.Sequential(
             nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(64, self.dim, 3, stride=2, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(grid), nn.BatchNorm2d(self.dim, affine=False))
-        self.pooled = nn.BatchNorm1d(self.dim, affine=False)
-        self.head = nn.Linear(self.dim, num_classes)
+            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(grid), nn.BatchNorm2d(64, affine=False))
+        self.pooled = nn.BatchNorm1d(64, affine=False)
+        self.head = nn.Linear(64, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         patches = self.patches(images.float() / 127.5 - 1).flatten(2).transpose(1, 2)
         return torch.cat([self.pooled(patches.mean(dim=1)).unsqueeze(1), patches], dim=1)
 
-def build_teacher(config: Config, dataset: Dataset, device) -> Optional[nn.Module]:
+def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> nn.Module | None:
     """The frozen teacher of a run; None for a method that asks it nothing."""
     if not config.class_token and config.align_coeff == 0:
         return None
     grid, threads = config.latent_shape[1] // config.patch_size, torch.get_num_threads()
     if config.teacher == "classifier":
         torch.manual_seed(config.seed)
-        teacher, generator = ClassifierTeacher(grid, config.num_classes), seeded("cpu", config.seed)
+        teacher = ClassifierTeacher(grid, config.num_classes)
         optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
         torch.set_num_threads(1)    # so that every rank and every resumed run has the very same one
-        for _ in tqdm(range(config.teacher_steps), desc="training the teacher", leave=False,
-                      disable="RANK" in os.environ and os.environ["RANK"] != "0"):
-            picks = torch.randint(len(dataset), (64,), generator=generator).tolist()
-            images, y = (torch.stack(part) for part in zip(*(dataset[i][:2] for i in picks)))
+        picks = torch.randint(len(dataset), (config.teacher_steps, 64))
+        batches = DataLoader(dataset, batch_sampler=picks.tolist())
+        for images, y, *_ in tqdm(batches, "training the teacher", leave=False, disable=rank > 0):
             optimizer.zero_grad()
             F.cross_entropy(teacher.head(teacher(images)[:, 0]), y).backward()
             optimizer.step()
@@ -552,17 +541,17 @@ def build_teacher(config: Config, dataset: Dataset, device) -> Optional[nn.Modul
 
 class AutoencoderKL(nn.Module):
     """Stable Diffusion's VAE: images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8).
-
     Nothing is trained here, so it is the published tensors (diffusers' names, old or new) and the
     order in which they act. Raises BadInput for a state dict that does not fit."""
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         super().__init__()
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out/0"}
-        for name, value in state_dict.items():
-            self.register_buffer("/".join(new.get(part, part) for part in name.split(".")), value)
-        try:    # one small image finds out what is missing
+        try:    # in the end one small image finds out what is missing
+            for name, value in state_dict.items():    # a buffer's name may not hold dots
+                name = "/".join(new.get(part, part) for part in name.split("."))
+                self.register_buffer(name, value)
             self.decode(self.encode(value.new_zeros(1, 3, 16, 16))[0])
-        except (AttributeError, RuntimeError) as error:
+        except Exception as error:
             raise BadInput(f"{path} holds no SD-VAE: {str(error).splitlines()[0]}") from error
 
     def params(self, name: str) -> tuple:
@@ -614,7 +603,7 @@ class AutoencoderKL(nn.Module):
                 h = self.conv(f"{stage}/upsamplers/0/conv", F.interpolate(h, scale_factor=2.0))
         return self.conv("decoder/conv_out", h, norm="decoder/conv_norm_out")
 
-def build_vae(config: Config, device) -> Optional[AutoencoderKL]:
+def build_vae(config: Config, device) -> AutoencoderKL | None:
     """The SD-VAE of a run; None in pixel space."""
     if config.vae == "none":
         return None
@@ -622,20 +611,24 @@ def build_vae(config: Config, device) -> Optional[AutoencoderKL]:
     weights = read_weights(config.vae_weights, config.vae, file, "--vae_weights")
     return AutoencoderKL(weights, config.vae_weights or config.vae).float().to(device)
 
-# Scales bring SD-VAE latents (its own constant) and pixels in [-1, 1] (ours) near variance 1.
-def encode_images(vae: Optional[AutoencoderKL], images: torch.Tensor) -> torch.Tensor:
+# They bring latents near variance 1: SD-VAE's own constant; ours for pixels in [-1, 1].
+SD_SCALE, PIXEL_SCALE = 0.18215, 2.0
+
+def encode_images(vae: AutoencoderKL | None, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
     x = images.float() / 127.5 - 1
-    return torch.cat(vae.encode(x), 1) * 0.18215 if vae else torch.cat([2 * x, 0 * x], 1)
+    if vae is None:
+        return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
+    parts = [torch.cat(vae.encode(part), dim=1) for part in x.split(32)]     # 32 fit in memory
+    return SD_SCALE * torch.cat(parts)
 
-def decode_latents(vae: Optional[AutoencoderKL], x: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: AutoencoderKL | None, x: torch.Tensor) -> torch.Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
-    parts = x.float().split(16)                                               # 16 fit in memory
-    images = torch.cat([vae.decode(part / 0.18215) if vae else part / 2 for part in parts])
+    images = x.float() / PIXEL_SCALE if vae is None else torch.cat(
+        [vae.decode(part / SD_SCALE) for part in x.float().split(32)])
     return (255 * (images + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 # ---- 7. Data: drawn shapes for the demo, image folders, latents encoded beforehand ---------------
-
 SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1, y points down
     "disc": lambda x, y: torch.hypot(x, y) - 0.9,
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.78,
@@ -651,7 +644,6 @@ SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1,
 
 def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     """The demo's data, items (image uint8 (3, size, size), label), drawn once, kept in memory.
-
     Image i shows class i % 8 in a random colour, place, size and tilt, decided by i alone."""
     u = torch.rand(count, 13, 1, 1, generator=seeded("cpu", "shapes")).unbind(1)
     line, labels = torch.arange(size) + 0.5, torch.arange(count) % len(SHAPES)
@@ -664,7 +656,7 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
         distance[labels == k] = shape(x[labels == k], y[labels == k])
     inside = (0.5 - distance * radius).clamp(0, 1)                               # antialiased
     start, end, paint = (torch.stack(u[i:i + 3], dim=1) for i in (4, 7, 10))     # (count, 3, 1, 1)
-    ground = 0.4 * (start + (end - start) * line / size)             # dark, from one colour to another
+    ground = 0.4 * (start + (end - start) * line / size)       # dark, from one colour to another
     images = torch.lerp(ground, 0.45 + 0.55 * paint, inside[:, None])
     dataset = TensorDataset((images * 255).to(torch.uint8), labels)
     dataset.classes = list(SHAPES)
@@ -681,7 +673,6 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 class FolderImages(ImageFolder):
     """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label[, cached moments]).
-
     Raises BadInput for a folder without images, and for a file that is no image."""
     def __init__(self, folder: str, size: int):
         train = os.path.join(folder, "train")
@@ -689,7 +680,7 @@ class FolderImages(ImageFolder):
             super().__init__(train if os.path.isdir(train) else folder)
         except OSError as error:
             raise BadInput(f"--data {folder} has no images as class/*.jpg: {error}") from error
-        self.size, self.moments = size, None
+        self.size, self.cache, self.moments = size, None, None
         for path, _ in self.samples[::1 + len(self) // 1000]:         # a glance at 1000 headers
             self.crop(path, header_only=True)
 
@@ -702,44 +693,44 @@ class FolderImages(ImageFolder):
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
-        arrays = [self.crop(path).transpose(2, 0, 1), np.array(label)]
-        arrays += [] if self.moments is None else [np.array(self.moments[i])]
-        return tuple(torch.from_numpy(array) for array in arrays)
+        item = self.crop(path).transpose(2, 0, 1), np.array(label)
+        if self.cache:      # opened here, by each worker for itself
+            self.moments = np.load(self.cache, "r") if self.moments is None else self.moments
+            item += (np.array(self.moments[i]),)
+        return tuple(torch.from_numpy(array) for array in item)
 
 def cache_file(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Path:
     """Where the encoded latents are; the name changes with files, crop and VAE weights."""
-    names = [path[len(dataset.root):] for path, _ in dataset.samples]
-    key = (config.image_size, names, [float(value.double().sum()) for value in vae.buffers()])
-    return Path(config.cache, hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".npy")
+    names = [path.removeprefix(dataset.root).lstrip("/") for path, _ in dataset.samples]
+    digest = hashlib.sha256(repr((config.image_size, names)).encode())
+    for value in vae.buffers():
+        digest.update(value.cpu().numpy().tobytes())
+    return Path(config.cache, f"{digest.hexdigest()[:16]}.npy")
 
 def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, rank, world_size):
     """Encodes all of --data once, as float16 (mean, std); the ranks of a machine share the work.
-
     A row counts as done when its standard deviations are set: so a killed run goes on."""
     path, (c, h, w) = cache_file(config, dataset, vae), config.latent_shape
-    part = path.with_suffix(".part")
-    if rank == 0 and not path.exists() and not part.exists():
+    part = path if path.exists() else path.with_suffix(".part")
+    if rank == 0 and not part.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(part, "w+", np.float16, (len(dataset), 2 * c, h, w))
     if world_size > 1:
         dist.barrier()
-    moments = np.load(path if path.exists() else part, mmap_mode="r+")
-    mine = np.array_split(np.arange(len(dataset)), world_size)[rank]
+    moments, mine = np.load(part, mmap_mode="r+"), np.arange(rank, len(dataset), world_size)
     todo = mine[moments[mine, -1, -1, -1] == 0]
-    loader = DataLoader(Subset(dataset, todo.tolist()), 32, num_workers=config.workers)
-    with tqdm(desc="encoding", total=len(mine), initial=len(mine) - len(todo), disable=rank) as bar:
-        for ids, (images, _) in zip(np.split(todo, range(32, len(todo), 32)), loader):
-            moments[ids] = encode_images(vae, images.to(device)).half().cpu().numpy()
-            bar.update(len(ids))
+    loader = DataLoader(dataset, 32, sampler=todo.tolist(), num_workers=config.workers)
+    for i, (images, _) in enumerate(tqdm(loader, "encoding batches of 32", disable=rank > 0)):
+        moments[todo[32 * i:32 * (i + 1)]] = encode_images(vae, images.to(device)).half().cpu()
     moments.flush()
     if world_size > 1:
         dist.barrier()
-    if rank == 0 and part.exists():
+    if rank == 0:
         part.rename(path)
+        print(f"{path} holds {len(dataset)} latents: now train, with --prepare left out")
 
 def index_batches(count: int, config: Config, start: int, rank: int, world_size: int) -> Iterator:
     """Yields the image indices of this rank's micro-batches, from step `start` on.
-
     The images form one endless stream, permuted anew in each epoch. Step s takes the s-th
     batch_size of them, rank r the r-th part of those: the order depends on the seed alone."""
     local, epoch, order = config.batch_size // world_size, None, None
@@ -753,21 +744,22 @@ def index_batches(count: int, config: Config, start: int, rank: int, world_size:
         yield from np.array_split(indices, config.accum)
 
 # ---- 8. The training loop ------------------------------------------------------------------------
-
 def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
     rank, world_size, local_rank, local_size = (int(os.environ.get(name, name.endswith("SIZE")))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    device = torch.device(*("cuda", local_rank) if torch.cuda.is_available() else ("cpu",))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        if local_rank >= (found := torch.cuda.device_count()):
+            raise BadInput(f"nproc_per_node is {local_size}: this machine has {found} GPUs")
+        torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")                                       # TF32
     else:   # torchrun gives each process one thread: share the cores instead
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size, device
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 def save_grid(images: torch.Tensor, names: list, path) -> None:
     """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
@@ -781,7 +773,7 @@ def save_grid(images: torch.Tensor, names: list, path) -> None:
         ImageDraw.Draw(picture).text(place, name[:12], fill="black", anchor="lm")
     picture.save(path)
 
-def preview(model: SiT, vae: Optional[AutoencoderKL], config: Config, path, device) -> None:
+def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device) -> None:
     """Draws 8 images of each of 8 classes, from the same noise at every step of a run."""
     classes = sorted({round(k) for k in np.linspace(0, config.num_classes - 1, 8)})
     y = torch.tensor(classes, device=device).repeat_interleave(8)
@@ -803,20 +795,23 @@ def resume(config: Config, path: Path, model: SiT, ema: SiT, optimizer) -> int:
     if not path.exists():
         return 0
     saved = read_weights(str(path))
-    odd = [f"{name} {saved['config'][name]} there, {getattr(config, name)} here"
-           for name in ("method", "class_token", "align_coeff", "mixer_depth", "image_size", "vae",
-                        "num_classes", "z_dim", *_COLUMNS)
-           if saved["config"][name] != getattr(config, name)]
+    old, network = saved.get("config", {}), (
+        "method", "class_token", "align_coeff", "mixer_depth", "image_size", "vae", "teacher",
+        "num_classes", "z_dim", *_COLUMNS)
+    odd = [f"{name} {old.get(name)} there, {getattr(config, name)} here" for name in network
+           if old.get(name) != getattr(config, name)]
     if odd:
         raise BadInput(f"{path} holds another network ({'; '.join(odd)}): name another --out")
     for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
         part.load_state_dict(saved[name])
+    for group in optimizer.param_groups:    # the typed value counts, not the one of the checkpoint
+        group["lr"] = config.lr
     return saved["step"]
 
 def train(config: Config) -> None:
     """Trains the network of `config`, from its last checkpoint where there is one."""
     rank, world_size, device = setup_distributed()
-    on_gpu, local = device.type == "cuda", config.batch_size // world_size
+    on_gpu = device.type == "cuda"
     if config.batch_size % (world_size * config.accum):
         raise BadInput(f"batch_size is {config.batch_size}: it must be a multiple of "
                        f"{world_size} processes x accum {config.accum}")
@@ -825,12 +820,11 @@ def train(config: Config) -> None:
     vae = build_vae(config, device)
     if config.prepare:
         return prepare(config, dataset, vae, device, rank, world_size)
-    cached = config.data and vae and cache_file(config, dataset, vae).exists()
-    if cached:
-        dataset.moments = np.load(cache_file(config, dataset, vae), mmap_mode="r")
+    if config.data and vae and (cache := cache_file(config, dataset, vae)).exists():
+        dataset.cache = cache
     config = dataclasses.replace(config, num_classes=len(dataset.classes),
                                  class_names=tuple(dataset.classes))
-    teacher = build_teacher(config, dataset, device)
+    teacher = build_teacher(config, dataset, device, rank)
     config = dataclasses.replace(config, z_dim=teacher.dim if teacher else config.z_dim)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -840,12 +834,14 @@ def train(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out / "latest.pt", model, ema, optimizer)
     if rank == 0:
-        print(f"{config.method}, {config.size}, {sum(p.numel() for p in trained) / 1e6:.1f}M weights; "
-              f"{len(dataset)} images, {config.num_classes} classes{', cached latents' * bool(cached)}; "
-              f"{world_size} x {device.type}; steps {start} to {config.steps}; writes to {out}")
+        size = sum(p.numel() for p in trained) / 1e6
+        latents = "cached latents, " if getattr(dataset, "cache", None) else ""
+        print(f"{config.method}, {config.size}, {size:.1f}M weights; {len(dataset)} images, "
+              f"{latents}{config.num_classes} classes; {world_size} x {device.type}; "
+              f"steps {start} to {config.steps}; writes to {out}", flush=True)
         if start >= config.steps:
-            print("this run is finished: raise --steps for more, name another --out to start afresh")
-        if (log := out / "log.jsonl").exists():    # forget what a killed run wrote past its checkpoint
+            print("this run is finished: raise --steps for more, or name another --out")
+        if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
             lines = [line for line in log.open() if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     if config.compile and on_gpu:
@@ -854,23 +850,24 @@ def train(config: Config) -> None:
     precision = functools.partial(torch.autocast, device.type, torch.bfloat16,
                                   enabled=config.bf16 and on_gpu)
     # One fixed batch, with all its tokens: on it masked and unmasked runs compare.
-    fixed = [dataset[i * (len(dataset) - 1) // 31] for i in range(32)]
-    fixed = load_batch([torch.stack(part) for part in zip(*fixed)],
-                       torch.zeros(32, *config.latent_shape, device=device), vae, teacher)
+    fixed = DataLoader([dataset[i * (len(dataset) - 1) // 31] for i in range(32)], 32)
+    eps = torch.zeros(32, *config.latent_shape, device=device)
+    fixed = load_batch(next(iter(fixed)), eps, vae, teacher)
     whole = dataclasses.replace(config, mask_ratio=0.0)
 
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
     sums, since, tick = 0.0, start, time.time()
-    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank > 0):
+    todo = range(start, config.steps)
+    for step in tqdm(todo, initial=start, total=config.steps, disable=rank > 0):
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
         generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
         drawn = draw_step(config.batch_size, shape, config.z_dim, config, generator, device)
         drawn["eps"] = torch.randn(drawn["noise"].shape, generator=generator, device=device)
         for part in range(config.accum):
-            first = rank * local + part * local // config.accum
-            mine = {name: value if value is None else value[first:first + local // config.accum]
+            piece = rank * config.accum + part
+            mine = {name: value if value is None else value.chunk(world_size * config.accum)[piece]
                     for name, value in drawn.items()}
             x, y, z = load_batch(next(loader), mine.pop("eps"), vae, teacher)
             ddp_model.require_backward_grad_sync = part + 1 == config.accum
@@ -881,24 +878,27 @@ def train(config: Config) -> None:
         grad_norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        # After the optimizer, so that the average includes this step; positions and projector too.
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema_decay)
+        with torch.no_grad():    # after the optimizer, so that the average includes this step
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                                 1 - config.ema_decay)
 
         done, last = step + 1, step + 1 == config.steps
         if done % config.log_every == 0 or last:
             if world_size > 1:
                 dist.all_reduce(sums)
             if rank == 0:
-                with torch.no_grad(), precision():    # model.forward: the one that is not compiled
-                    full = training_losses(model.forward, *fixed, whole, generator=seeded(device, 0))
-                means = dict(zip(losses, (sums / world_size / (done - since)).tolist()),
-                             align_full=full["align"].item(), grad_norm=grad_norm.item())
-                pace = (time.time() - tick) / (done - since)
-                tqdm.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) +
-                           f" | {config.batch_size / pace:.0f} images/s, "
-                           f"{tqdm.format_interval((config.steps - done) * pace)} left")
+                with torch.no_grad(), precision():    # model.forward: the uncompiled one
+                    generator = seeded(device, "fixed")
+                    full = training_losses(model.forward, *fixed, whole, generator=generator)
+                means = (sums / world_size / (done - since)).tolist()
+                rate = config.batch_size * (done - since) / (time.time() - tick)
+                left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
+                record = dict(zip(losses, means), align_full=full["align"].item(),
+                              grad_norm=grad_norm.item(), images_per_s=rate)
+                line = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+                tqdm.write(f"step {done}: {line}, {left} left")
                 with open(out / "log.jsonl", "a") as log:
-                    print(json.dumps(dict(step=done, **means, images_per_s=config.batch_size / pace)), file=log)
+                    log.write(json.dumps(dict(step=done, **record)) + "\n")
             sums, since, tick = 0.0, done, time.time()
         if rank == 0 and (done % config.save_every == 0 or last):
             state = dict(model=model.state_dict(), ema=ema.state_dict(), step=done,

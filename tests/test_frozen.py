@@ -74,6 +74,26 @@ def test_a_file_of_another_teacher_is_refused_with_one_sentence(dino_file):
         ViTTeacher("resnet50", 16, dino_file)
 
 
+def test_a_teacher_without_class_token_is_refused(tmp_path):
+    name = "vit_base_patch16_siglip_224"
+    vit = maskalign.timm.create_model(name, img_size=64, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(BadInput, match="'vit_base_patch16_siglip_224' has no class token: try"):
+        ViTTeacher(name, 4, str(tmp_path / "vit.pth"))
+
+
+def test_any_timm_vit_can_teach(tmp_path):
+    """Four registers: still one patch per token, and the registers are left out."""
+    name = "vit_small_patch14_reg4_dinov2"
+    vit = maskalign.timm.create_model(name, img_size=56, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    teacher = ViTTeacher(name, 4, str(tmp_path / "vit.pth")).eval()
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = teacher(image)
+    assert teacher.vit.num_prefix_tokens == 5 and tokens.shape == (1, 17, 384)
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_broken_weights_file_is_refused_with_one_sentence(content, suffix, tmp_path):
@@ -162,6 +182,9 @@ def test_pixel_space_is_exact_up_to_rounding():
 def test_weights_that_are_no_vae_are_refused_with_one_sentence(dino_file, vae_weights):
     with pytest.raises(BadInput, match="dinov2_vits14_pretrain.pth holds no SD-VAE"):
         build_vae(make_config(data="x", vae_weights=dino_file), "cpu")
+    for odd in ({}, {"state_dict": {}}, {"epoch": 3}):
+        with pytest.raises(BadInput, match="holds no SD-VAE"):
+            AutoencoderKL(odd)
     short = {k: v for k, v in vae_weights.items() if "conv_shortcut" not in k}
     with pytest.raises(BadInput, match="holds no SD-VAE"):
         AutoencoderKL(short)

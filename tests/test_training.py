@@ -82,6 +82,14 @@ def test_every_method_trains_and_its_ema_follows(method, tmp_path):
             assert 0 < between < 0.2, name                     # decay 0.99, six steps
 
 
+def test_ema_keeps_no_graph(tmp_path, monkeypatch):
+    """In grad mode each update would hang on to the one before: memory would grow for ever."""
+    lerp, average = torch._foreach_lerp_, []
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda a, b, w: (lerp(a, b, w), average.append(a)))
+    train(make_config(out=str(tmp_path), **TINY))
+    assert len(average) == 6 and not any(p.requires_grad for p in average[-1])
+
+
 def test_ema_is_the_running_average_of_all_steps(tmp_path):
     options = {**TINY, "steps": 1, "ema_decay": 0.9, "save_every": 1}
     fresh, average = None, None
@@ -124,6 +132,12 @@ def test_n_steps_and_n_more_equal_2n_steps(tmp_path):
         train(make_config(out=str(tmp_path / "parts"), **{**TINY, "steps": steps}))
     for name in ("model", "ema", "optimizer", "step"):
         assert_same(checkpoint(tmp_path / "whole")[name], checkpoint(tmp_path / "parts")[name])
+
+
+def test_a_typed_learning_rate_counts_after_a_resume(tmp_path):
+    for steps, lr in ((1, 1e-3), (2, 1e-5)):
+        train(make_config(out=str(tmp_path), **{**TINY, "steps": steps}, lr=lr))
+    assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == 1e-5
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
