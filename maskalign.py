@@ -92,7 +92,6 @@ class Config:
     sample_every: int = 10_000    # steps between sample grids
     save_every: int = 10_000      # steps between checkpoints
     preview_steps: int = 50       # ours: Euler steps of the sample grids
-    preview_cfg_scale: float = 2.0  # ours: guidance of the sample grids
     # found in the data and the teacher, not typed
     num_classes: int = 1000
     z_dim: int = 768
@@ -123,7 +122,7 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
 }
 DEMO = dict(  # without --data: drawn shapes, and a run of minutes on a laptop
     size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
-    lr=3e-3, ema_decay=0.99, workers=0, sample_every=500, save_every=500, preview_steps=25)
+    lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, preview_steps=25)
 
 def make_config(**typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
@@ -133,13 +132,13 @@ def make_config(**typed) -> Config:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
         merged.update(table[merged[name]])
     c = Config(**{**merged, **typed})
+    shares = ("mask_ratio", "label_dropout", "ema_decay")
+    zero = ("seed", "mixer_depth", "align_coeff", "cls_coeff", "workers", "steps", *shares)
     for name, value in vars(c).items():
-        share = name in ("mask_ratio", "label_dropout", "ema_decay")
-        zero = share or name in ("seed", "mixer_depth", "align_coeff", "cls_coeff", "workers",
-                                 "steps")
-        high = 1 if share else math.inf
-        if type(value) in (int, float) and not (0 < value < high or value == 0 and zero):
-            raise BadInput(f"{name} is {value}: it must lie in {'[(' [not zero]}0, {high})")
+        high = 1 if name in shares else math.inf
+        if type(value) in (int, float) and not (0 < value < high or value == 0 and name in zero):
+            rule = "in [0, 1)" if name in shares else "0 or above" if name in zero else "above 0"
+            raise BadInput(f"{name} is {value}: it must be {rule}")
     unit = c.patch_size * (1 if c.vae == "none" else 8)
     for name, fits, rule in (
             ("align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}"),
@@ -315,8 +314,7 @@ class SiT(nn.Module):
                 ids_keep: torch.Tensor | None = None) -> SiTOutput:
         """Velocities at noisy x (N, C, H, W), t (N,) in [0, 1], y (N,), noisy cls (N, z_dim).
         ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling."""
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)
-        c = c.unsqueeze(1)                                                           # (N, 1, D)
+        c = (self.t_embedder(t) + self.y_embedder["embedding_table"](y)).unsqueeze(1)  # (N, 1, D)
         h = self.x_embedder(x)                                                       # (N, T, D)
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
@@ -462,9 +460,8 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        name = path or f"{filename} of {repo}"
-        raise BadInput(f"cannot read {name} ({reason}){advice}") from error
+        name, reason = path or f"{filename} of {repo}", str(error).splitlines()[0][:120]
+        raise BadInput(f"cannot read {name} ({type(error).__name__}: {reason}){advice}") from error
 
 class ViTTeacher(nn.Module):
     """A frozen timm ViT, DINOv2-B/14 by default, with one patch for each token of our model.
@@ -507,9 +504,8 @@ class ClassifierTeacher(nn.Module):
     def __init__(self, grid: int, num_classes: int):
         super().__init__()
         self.patches = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(3, 32, 3, 1, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, padding=1),
+            nn.ReLU(), nn.Conv2d(64, 64, 3, 2, padding=1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(grid), nn.BatchNorm2d(64, affine=False))
         self.pooled = nn.BatchNorm1d(64, affine=False)
         self.head = nn.Linear(64, num_classes)
@@ -525,7 +521,7 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> nn
     grid, threads = config.latent_shape[1] // config.patch_size, torch.get_num_threads()
     if config.teacher == "classifier":
         torch.manual_seed(config.seed)
-        teacher = ClassifierTeacher(grid, config.num_classes)
+        teacher = ClassifierTeacher(grid, len(dataset.classes))
         optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
         torch.set_num_threads(1)    # so that every rank and every resumed run has the very same one
         picks = torch.randint(len(dataset), (config.teacher_steps, 64))
@@ -748,18 +744,18 @@ def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
     rank, world_size, local_rank, local_size = (int(os.environ.get(name, name.endswith("SIZE")))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         if local_rank >= (found := torch.cuda.device_count()):
             raise BadInput(f"nproc_per_node is {local_size}: this machine has {found} GPUs")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                                       # TF32
     else:   # torchrun gives each process one thread: share the cores instead
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    return rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
 
 def save_grid(images: torch.Tensor, names: list, path) -> None:
     """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
@@ -780,7 +776,7 @@ def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device)
     generator = seeded(device, "preview", config.seed)
     drawn = draw_step(len(y), config.latent_shape, config.z_dim, config, generator, device)
     x = euler_ode(model, drawn["noise"], y, drawn["cls_noise"] if config.class_token else None,
-                  num_steps=config.preview_steps, cfg_scale=config.preview_cfg_scale)
+                  num_steps=config.preview_steps, cfg_scale=2.0)      # ours: pictures to recognise
     save_grid(decode_latents(vae, x), [config.class_names[k] for k in classes], path)
 
 @torch.no_grad()
@@ -790,8 +786,8 @@ def load_batch(batch: list, eps: torch.Tensor, vae, teacher) -> tuple:
     mean, std = (moments[0].float() if moments else encode_images(vae, images)).chunk(2, dim=1)
     return mean + std * eps, y, teacher(images) if teacher else None
 
-def resume(config: Config, path: Path, model: SiT, ema: SiT, optimizer) -> int:
-    """Loads the checkpoint at `path`; its step, or 0 if there is none. Raises BadInput."""
+def resume(config: Config, path: Path, parts: dict) -> int:
+    """Loads the checkpoint at `path` into `parts`; its step, or 0 if there is none."""
     if not path.exists():
         return 0
     saved = read_weights(str(path))
@@ -802,10 +798,9 @@ def resume(config: Config, path: Path, model: SiT, ema: SiT, optimizer) -> int:
            if old.get(name) != getattr(config, name)]
     if odd:
         raise BadInput(f"{path} holds another network ({'; '.join(odd)}): name another --out")
-    for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+    for name, part in parts.items():
         part.load_state_dict(saved[name])
-    for group in optimizer.param_groups:    # the typed value counts, not the one of the checkpoint
-        group["lr"] = config.lr
+    parts["optimizer"].param_groups[0]["lr"] = config.lr    # as typed now, not as it was then
     return saved["step"]
 
 def train(config: Config) -> None:
@@ -822,19 +817,19 @@ def train(config: Config) -> None:
         return prepare(config, dataset, vae, device, rank, world_size)
     if config.data and vae and (cache := cache_file(config, dataset, vae)).exists():
         dataset.cache = cache
-    config = dataclasses.replace(config, num_classes=len(dataset.classes),
-                                 class_names=tuple(dataset.classes))
     teacher = build_teacher(config, dataset, device, rank)
-    config = dataclasses.replace(config, z_dim=teacher.dim if teacher else config.z_dim)
+    config = dataclasses.replace(config, num_classes=len(dataset.classes),
+                                 z_dim=teacher.dim if teacher else config.z_dim,
+                                 class_names=tuple(dataset.classes))
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.lr, (0.9, 0.999), weight_decay=0.0, fused=on_gpu)
-    out = Path(config.out)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=0.0,
+                                  fused=on_gpu)
+    parts, out = dict(model=model, ema=ema, optimizer=optimizer), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    start = resume(config, out / "latest.pt", model, ema, optimizer)
+    start = resume(config, out / "latest.pt", parts)
     if rank == 0:
-        size = sum(p.numel() for p in trained) / 1e6
+        size = sum(p.numel() for p in model.parameters()) / 1e6
         latents = "cached latents, " if getattr(dataset, "cache", None) else ""
         print(f"{config.method}, {config.size}, {size:.1f}M weights; {len(dataset)} images, "
               f"{latents}{config.num_classes} classes; {world_size} x {device.type}; "
@@ -847,8 +842,7 @@ def train(config: Config) -> None:
     if config.compile and on_gpu:
         model.compile()                                         # in place: names of weights stay
     ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    precision = functools.partial(torch.autocast, device.type, torch.bfloat16,
-                                  enabled=config.bf16 and on_gpu)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and on_gpu)
     # One fixed batch, with all its tokens: on it masked and unmasked runs compare.
     fixed = DataLoader([dataset[i * (len(dataset) - 1) // 31] for i in range(32)], 32)
     eps = torch.zeros(32, *config.latent_shape, device=device)
@@ -871,11 +865,11 @@ def train(config: Config) -> None:
                     for name, value in drawn.items()}
             x, y, z = load_batch(next(loader), mine.pop("eps"), vae, teacher)
             ddp_model.require_backward_grad_sync = part + 1 == config.accum
-            with precision():
+            with precision:
                 losses = training_losses(ddp_model, x, y, z, config, **mine)
             (losses["loss"] / config.accum).backward()
             sums += torch.stack(list(losses.values())).detach() / config.accum
-        grad_norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():    # after the optimizer, so that the average includes this step
@@ -887,7 +881,7 @@ def train(config: Config) -> None:
             if world_size > 1:
                 dist.all_reduce(sums)
             if rank == 0:
-                with torch.no_grad(), precision():    # model.forward: the uncompiled one
+                with torch.no_grad(), precision:    # model.forward: the uncompiled one
                     generator = seeded(device, "fixed")
                     full = training_losses(model.forward, *fixed, whole, generator=generator)
                 means = (sums / world_size / (done - since)).tolist()
@@ -900,14 +894,16 @@ def train(config: Config) -> None:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(dict(step=done, **record)) + "\n")
             sums, since, tick = 0.0, done, time.time()
+        pause = time.time()
         if rank == 0 and (done % config.save_every == 0 or last):
-            state = dict(model=model.state_dict(), ema=ema.state_dict(), step=done,
-                         optimizer=optimizer.state_dict(), config=dataclasses.asdict(config))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state.update(step=done, config=dataclasses.asdict(config))
             torch.save(state, out / "latest.pt.tmp")
             os.replace(out / "latest.pt.tmp", out / "latest.pt")    # a killed run keeps the old one
         if rank == 0 and (done % config.sample_every == 0 or last):
-            preview(ema, vae, config, out / f"samples-{done:07d}.png", device)
-            tqdm.write(f"samples: {out}/samples-{done:07d}.png")
+            preview(ema, vae, config, picture := out / f"samples-{done:07d}.png", device)
+            tqdm.write(f"samples: {picture}")
+        tick += time.time() - pause                 # the rate is that of the steps alone
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -73,7 +73,7 @@ def test_config_survives_the_checkpoint():
 @pytest.mark.parametrize("typed, message", [
     (dict(method="mae"), r"unknown method 'mae': choose from sit, repa, reg, maskalign"),
     (dict(size="XXL"), r"unknown size 'XXL': choose from SiT-S/2"),
-    (dict(mask_ratio=1.0), r"mask_ratio is 1.0: it must lie in \[0, 1\)"),
+    (dict(mask_ratio=1.0), r"mask_ratio is 1.0: it must be in \[0, 1\)"),
     (dict(mask_ratio=-0.1), r"mask_ratio is -0.1"),
     (dict(mask_ratio=float("nan")), r"mask_ratio is nan"),
     (dict(align_depth=7), r"align_depth is 7: it must be at most the depth, 6"),
@@ -81,8 +81,8 @@ def test_config_survives_the_checkpoint():
     (dict(data="x", image_size=250), r"image_size is 250: it must be a multiple of 16 for vae"),
     (dict(image_size=22), r"image_size is 22: it must be a multiple of 4 for vae none"),
     (dict(hidden_size=98), r"hidden_size is 98"), (dict(num_heads=5), r"num_heads is 5"),
-    (dict(lr=0.0), r"lr is 0.0"), (dict(lr=float("inf")), r"lr is inf"),
-    (dict(batch_size=-1), r"batch_size is -1"), (dict(steps=-5), r"steps is -5"),
+    (dict(lr=0.0), r"lr is 0.0: it must be above 0"), (dict(lr=float("inf")), r"lr is inf"),
+    (dict(batch_size=-1), r"batch_size is -1"), (dict(steps=-5), r"steps is -5: it must be 0 or above"),
     (dict(prepare=True), r"prepare is True: it must be used with --data and a VAE"),
 ])
 def test_a_value_that_cannot_work_is_one_sentence(typed, message):
