@@ -13,10 +13,9 @@ Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One trainin
 
 Sampling keeps every token and needs no teacher.
 
-  torchrun --nproc_per_node=1 maskalign.py                      a demo: no GPU, data or download
-  python maskalign.py --data DIR --size SiT-B/2                 one GPU, images as DIR/class/*.jpg
-  torchrun --nproc_per_node=8 maskalign.py --data IMAGENET      the paper's run; the same with
-                                               --prepare first, to encode all latents only once
+  torchrun --nproc_per_node=1 maskalign.py                    a demo: no GPU, no data, no download
+  python maskalign.py --data DIR --size SiT-B/2               one GPU, images as DIR/class/*.jpg
+  torchrun --nproc_per_node=8 maskalign.py --data IMAGENET    the paper's run (--prepare first)
 
 Where to look: Tab. 7 is Config; Sec. 5.1 is sample_token_subset and SiT.forward; Eq. 10 and 11
 are training_losses; sampling is euler_maruyama; the teacher is ViTTeacher; the loop is train.
@@ -25,7 +24,6 @@ import argparse, copy, dataclasses, functools, hashlib, inspect, json, math, os,
 import urllib.request
 from collections import namedtuple
 from pathlib import Path
-from typing import Iterator
 
 import huggingface_hub
 import numpy as np
@@ -67,7 +65,6 @@ class Config:
     patch_size: int = 2           # SiT-XL/2: latent pixels per token side
     align_depth: int = 8          # Tab. 7: align after this block, counted from 1
     projector_dim: int = 2048     # as REPA: hidden width of the projector
-    # data, VAE, teacher
     image_size: int = 256         # Sec. 6: pixels per side, after the ADM centre crop
     vae: str = "stabilityai/sd-vae-ft-ema"  # Sec. 6: the SD-VAE on the hub; none: pixel space
     vae_weights: str = ""         # file to read instead of the hub's
@@ -77,7 +74,6 @@ class Config:
     prepare: bool = False         # encode the latents of --data once into --cache, then stop
     cache: str = ""               # folder of encoded latents; empty: DATA-latents
     workers: int = 8              # data loading processes per rank
-    # optimisation
     steps: int = 400_000          # Tab. 1: the column that all methods share
     batch_size: int = 256         # Tab. 7: images per step, over all processes
     accum: int = 1                # micro-batches per step and process, to save memory
@@ -87,7 +83,6 @@ class Config:
     label_dropout: float = 0.1    # Tab. 7: share of labels replaced by the null class
     bf16: bool = True             # ours: autocast on GPU (REG: fp16); weights stay float32
     compile: bool = True          # ours: torch.compile on GPU
-    # what is written, and when
     log_every: int = 100          # steps between log lines
     sample_every: int = 10_000    # steps between sample grids
     save_every: int = 10_000      # steps between checkpoints
@@ -160,8 +155,8 @@ def parse_config(argv: list | None = None) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         if field.name in comments:
-            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-                type=field.type, metavar=field.type.__name__.upper())
+            kind = dict(type=field.type) if field.type is not bool else dict(
+                action=argparse.BooleanOptionalAction)
             note = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
             parser.add_argument(f"--{field.name}", help=note, default=argparse.SUPPRESS, **kind)
     return make_config(**vars(parser.parse_args(argv)))
@@ -243,9 +238,8 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
                         generator: torch.Generator | None = None) -> torch.Tensor:
-    """S of Eq. 7: ids_keep (n, len_keep), uniform without replacement, anew for each image.
-    len_keep = round((1 - mask_ratio) num_tokens). Ids ascend, so that ratio 0 is the identity;
-    they are on the generator's device."""
+    """S of Eq. 7: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
+    anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     scores = torch.rand(n, num_tokens, generator=generator, device=generator and generator.device)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
@@ -460,7 +454,7 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        name, reason = path or f"{filename} of {repo}", str(error).splitlines()[0][:120]
+        name, reason = path or f"{filename} of {repo}", str(error).partition("\n")[0][:120]
         raise BadInput(f"cannot read {name} ({type(error).__name__}: {reason}){advice}") from error
 
 class ViTTeacher(nn.Module):
@@ -488,8 +482,7 @@ class ViTTeacher(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
         mean, std = self.mean_std.to(dtype := next(self.parameters()).dtype)
-        x = (images.to(dtype) / 255 - mean) / std
-        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic")
+        x = F.interpolate((images.to(dtype) / 255 - mean) / std, self.size, mode="bicubic")
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens:]        # skips registers, if it has some
@@ -548,7 +541,7 @@ class AutoencoderKL(nn.Module):
                 self.register_buffer(name, value)
             self.decode(self.encode(value.new_zeros(1, 3, 16, 16))[0])
         except Exception as error:
-            raise BadInput(f"{path} holds no SD-VAE: {str(error).splitlines()[0]}") from error
+            raise BadInput(f"{path} holds no SD-VAE: {error}".partition("\n")[0]) from error
 
     def params(self, name: str) -> tuple:
         return getattr(self, f"{name}/weight"), getattr(self, f"{name}/bias")
@@ -626,16 +619,14 @@ def decode_latents(vae: AutoencoderKL | None, x: torch.Tensor) -> torch.Tensor:
 
 # ---- 7. Data: drawn shapes for the demo, image folders, latents encoded beforehand ---------------
 SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1, y points down
-    "disc": lambda x, y: torch.hypot(x, y) - 0.9,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.78,
-    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() - 0.5 * y, y) - 0.5,
-    "star": lambda x, y: torch.hypot(x, y) - 1 + 1.3 * (
-        (torch.atan2(x, -y) * 2.5 / math.pi + 0.5) % 1 - 0.5).abs(),
-    "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.3,
-                                        torch.maximum(x.abs(), y.abs()) - 0.95),
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.22,
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.8 - torch.hypot(x - 0.5, y)),
-    "heart": lambda x, y: torch.hypot(x, 0.15 - y - 0.65 * x.abs().sqrt()) - 0.85,
+    "disc": lambda x, y: x.hypot(y) - 0.9,
+    "square": lambda x, y: x.abs().maximum(y.abs()) - 0.78,
+    "triangle": lambda x, y: y.maximum(0.87 * x.abs() - 0.5 * y) - 0.5,
+    "star": lambda x, y: x.hypot(y) - 1 + 1.3 * ((x.atan2(-y) / 1.2566 + 0.5) % 1 - 0.5).abs(),
+    "cross": lambda x, y: (x.abs().minimum(y.abs()) - 0.3).maximum(x.abs().maximum(y.abs()) - 0.95),
+    "ring": lambda x, y: (x.hypot(y) - 0.7).abs() - 0.22,
+    "crescent": lambda x, y: (x.hypot(y) - 0.95).maximum(0.8 - (x - 0.5).hypot(y)),
+    "heart": lambda x, y: x.hypot(0.15 - y - 0.65 * x.abs().sqrt()) - 0.85,
 }
 
 def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
@@ -647,9 +638,7 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     x = (line - size * (0.45 + 0.1 * u[2])) / radius                            # (count, 1, size)
     y = (line[:, None] - size * (0.45 + 0.1 * u[3])) / radius                   # (count, size, 1)
     x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
-    distance = torch.empty_like(x)
-    for k, shape in enumerate(SHAPES.values()):
-        distance[labels == k] = shape(x[labels == k], y[labels == k])
+    distance = torch.stack([shape(x, y) for shape in SHAPES.values()])[labels, torch.arange(count)]
     inside = (0.5 - distance * radius).clamp(0, 1)                               # antialiased
     start, end, paint = (torch.stack(u[i:i + 3], dim=1) for i in (4, 7, 10))     # (count, 3, 1, 1)
     ground = 0.4 * (start + (end - start) * line / size)       # dark, from one colour to another
@@ -674,26 +663,24 @@ class FolderImages(ImageFolder):
         train = os.path.join(folder, "train")
         try:
             super().__init__(train if os.path.isdir(train) else folder)
+            for path, _ in self.samples[::1 + len(self) // 1000]:     # a glance at 1000 headers
+                Image.open(path).close()
         except OSError as error:
-            raise BadInput(f"--data {folder} has no images as class/*.jpg: {error}") from error
+            raise BadInput(f"--data {folder} must hold images as class/*.jpg: {error}") from error
         self.size, self.cache, self.moments = size, None, None
-        for path, _ in self.samples[::1 + len(self) // 1000]:         # a glance at 1000 headers
-            self.crop(path, header_only=True)
-
-    def crop(self, path: str, header_only: bool = False) -> np.ndarray:
-        try:
-            with Image.open(path) as file:
-                return header_only or np.array(center_crop(file.convert("RGB"), self.size))
-        except Exception as error:
-            raise BadInput(f"{path} is no readable image: mend or remove it") from error
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
-        item = self.crop(path).transpose(2, 0, 1), np.array(label)
+        try:
+            with Image.open(path) as file:
+                crop = np.array(center_crop(file.convert("RGB"), self.size))
+        except Exception as error:
+            raise BadInput(f"{path} is no readable image: mend or remove it") from error
+        item = [crop.transpose(2, 0, 1), np.array(label)]
         if self.cache:      # opened here, by each worker for itself
             self.moments = np.load(self.cache, "r") if self.moments is None else self.moments
-            item += (np.array(self.moments[i]),)
-        return tuple(torch.from_numpy(array) for array in item)
+            item.append(np.array(self.moments[i]))
+        return tuple(map(torch.from_numpy, item))
 
 def cache_file(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Path:
     """Where the encoded latents are; the name changes with files, crop and VAE weights."""
@@ -723,9 +710,8 @@ def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, r
         dist.barrier()
     if rank == 0:
         part.rename(path)
-        print(f"{path} holds {len(dataset)} latents: now train, with --prepare left out")
 
-def index_batches(count: int, config: Config, start: int, rank: int, world_size: int) -> Iterator:
+def index_batches(count: int, config: Config, start: int, rank: int, world_size: int):
     """Yields the image indices of this rank's micro-batches, from step `start` on.
     The images form one endless stream, permuted anew in each epoch. Step s takes the s-th
     batch_size of them, rank r the r-th part of those: the order depends on the seed alone."""
@@ -765,8 +751,8 @@ def save_grid(images: torch.Tensor, names: list, path) -> None:
     picture = Image.new("RGB", (grid.shape[1] + 80, grid.shape[0]), "white")
     picture.paste(Image.fromarray(grid.numpy()), (80, 0))
     for row, name in enumerate(names):
-        place = (6, (row + 0.5) * grid.shape[0] / len(names))
-        ImageDraw.Draw(picture).text(place, name[:12], fill="black", anchor="lm")
+        y = (row + 0.5) * grid.shape[0] / len(names)
+        ImageDraw.Draw(picture).text((6, y), name[:12], fill="black", anchor="lm")
     picture.save(path)
 
 def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device) -> None:
@@ -791,11 +777,11 @@ def resume(config: Config, path: Path, parts: dict) -> int:
     if not path.exists():
         return 0
     saved = read_weights(str(path))
-    old, network = saved.get("config", {}), (
-        "method", "class_token", "align_coeff", "mixer_depth", "image_size", "vae", "teacher",
-        "num_classes", "z_dim", *_COLUMNS)
-    odd = [f"{name} {old.get(name)} there, {getattr(config, name)} here" for name in network
-           if old.get(name) != getattr(config, name)]
+    old, odd = saved.get("config", {}), []
+    for name in ("method", "class_token", "align_coeff", "mixer_depth", "image_size", "vae",
+                 "teacher", "num_classes", "z_dim", *_COLUMNS):
+        if old.get(name) != getattr(config, name):
+            odd.append(f"{name} {old.get(name)} there, {getattr(config, name)} here")
     if odd:
         raise BadInput(f"{path} holds another network ({'; '.join(odd)}): name another --out")
     for name, part in parts.items():
@@ -823,19 +809,18 @@ def train(config: Config) -> None:
                                  class_names=tuple(dataset.classes))
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=0.0,
-                                  fused=on_gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0, fused=on_gpu)                    # Tab. 7
     parts, out = dict(model=model, ema=ema, optimizer=optimizer), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out / "latest.pt", parts)
     if rank == 0:
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        latents = "cached latents, " if getattr(dataset, "cache", None) else ""
-        print(f"{config.method}, {config.size}, {size:.1f}M weights; {len(dataset)} images, "
-              f"{latents}{config.num_classes} classes; {world_size} x {device.type}; "
-              f"steps {start} to {config.steps}; writes to {out}", flush=True)
+        weights = sum(p.numel() for p in model.parameters())
+        cached = ", latents cached" if getattr(dataset, "cache", None) else ""
+        print(f"{config.method}, {config.size}, {weights:,} weights; {len(dataset)} images{cached}; "
+              f"{world_size} x {device.type}; steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
-            print("this run is finished: raise --steps for more, or name another --out")
+            print("finished: raise --steps for more, or name another --out to start afresh")
         if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
             lines = [line for line in log.open() if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
@@ -848,13 +833,11 @@ def train(config: Config) -> None:
     eps = torch.zeros(32, *config.latent_shape, device=device)
     fixed = load_batch(next(iter(fixed)), eps, vae, teacher)
     whole = dataclasses.replace(config, mask_ratio=0.0)
-
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
     sums, since, tick = 0.0, start, time.time()
-    todo = range(start, config.steps)
-    for step in tqdm(todo, initial=start, total=config.steps, disable=rank > 0):
+    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank):
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
         generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
         drawn = draw_step(config.batch_size, shape, config.z_dim, config, generator, device)
@@ -882,8 +865,7 @@ def train(config: Config) -> None:
                 dist.all_reduce(sums)
             if rank == 0:
                 with torch.no_grad(), precision:    # model.forward: the uncompiled one
-                    generator = seeded(device, "fixed")
-                    full = training_losses(model.forward, *fixed, whole, generator=generator)
+                    full = training_losses(model.forward, *fixed, whole, generator=seeded(device))
                 means = (sums / world_size / (done - since)).tolist()
                 rate = config.batch_size * (done - since) / (time.time() - tick)
                 left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)

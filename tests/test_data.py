@@ -79,7 +79,7 @@ def test_folder_classes_are_its_sorted_subfolders_with_or_without_train(tmp_path
 
 def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
     for folder in (tmp_path / "missing", tmp_path, make_folder(tmp_path / "flat", ("a",), per_class=0)):
-        with pytest.raises(BadInput, match=f"--data {folder} has no images as class/") as caught:
+        with pytest.raises(BadInput, match=f"--data {folder} must hold images as class/") as caught:
             FolderImages(str(folder), 16)
         assert "\n" not in str(caught.value)
 
@@ -87,7 +87,7 @@ def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
 def test_a_file_that_is_no_image_is_named_before_any_work(tmp_path):
     folder = make_folder(tmp_path)
     (tmp_path / "cat" / "notes.jpg").write_text("no image")
-    with pytest.raises(BadInput, match="cat/notes.jpg is no readable image: mend or remove it"):
+    with pytest.raises(BadInput, match="must hold images as class/.* cannot identify image file .*cat/notes.jpg"):
         FolderImages(folder, 16)
 
 

@@ -203,7 +203,7 @@ def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly
     launch(*flags, f"--out={tmp_path}/direct")
     launch(*flags, "--prepare", processes=2)
     cached = launch(*flags, f"--out={tmp_path}/cached")
-    assert "cached latents" in cached.stdout
+    assert "latents cached" in cached.stdout
     direct, cached = (checkpoint(tmp_path / name) for name in ("direct", "cached"))
     assert direct["config"]["class_names"] == ("cat", "dog") and direct["config"]["z_dim"] == 384
     assert_same(direct["model"], cached["model"], rtol=1e-2, atol=1e-3)              # float16 latents
@@ -218,7 +218,7 @@ def test_pixel_space_folder_trains_with_its_own_classifier(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--data", "nowhere"], "--data nowhere has no images"),
+    (["--data", "nowhere"], "--data nowhere must hold images as class"),
     (["--batch_size", "9", "--accum", "2"], "batch_size is 9: it must be a multiple of 1 processes x accum 2"),
     (["--method", "mae"], "unknown method 'mae': choose from sit, repa, reg, maskalign"),
 ])
