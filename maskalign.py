@@ -1,12 +1,14 @@
 """MaskAlign: token-subset representation alignment for diffusion transformers, in one file.
 
-Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One training step:
-  1. A frozen teacher (DINOv2) reads the clean image: a class token, and one token per patch.
-  2. Latent x and class token are noised with one time t; t = 0 is data, t = 1 is noise.
-  3. All 1 + T tokens pass a light mixing block, so that each knows of the others.         (Eq. 6)
-  4. A random 25% of the patch tokens is dropped; the class token always stays.          (Eq. 7-8)
-  5. The kept tokens alone pass the transformer and predict the velocity.                 (Eq. 10)
-  6. After block `align_depth` they are projected and pulled towards the teacher's.       (Eq. 11)
+Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One training step (Sec. 5.1):
+  1. A frozen teacher (DINOv2) reads the clean image: a token per patch, and a class token that
+     sums up the image (it is not the label y).
+  2. Latent x and class token are noised with one time t: x_t = (1 - t) x + t noise, so that
+     t = 0 is data and t = 1 is noise.
+  3. All 1 + T tokens pass a light mixing block, so that each knows of the others.
+  4. A random 25% of the patch tokens is dropped; the class token always stays.
+  5. The kept tokens alone pass the transformer and predict the velocity noise - x.     (Eq. 10)
+  6. After block `align_depth` they are projected and pulled towards the teacher's.     (Eq. 11)
 
      loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2
             - lambda mean_{cls, kept} cos(projected token, teacher token)
@@ -65,8 +67,8 @@ class Config:
     patch_size: int = 2           # SiT-XL/2: latent pixels per token side
     align_depth: int = 8          # Tab. 7: align after this block, counted from 1
     projector_dim: int = 2048     # as REPA: hidden width of the projector
-    image_size: int = 256         # Sec. 6: pixels per side, after the ADM centre crop
-    vae: str = "stabilityai/sd-vae-ft-ema"  # Sec. 6: the SD-VAE on the hub; none: pixel space
+    image_size: int = 256         # as REPA: pixels per side, after ADM's centre crop
+    vae: str = "stabilityai/sd-vae-ft-ema"  # as REPA: SD-VAE on the hub; none: pixels
     vae_weights: str = ""         # file to read instead of the hub's
     teacher: str = "vit_base_patch14_dinov2.lvd142m"  # Tab. 7: any timm ViT; or: classifier
     teacher_weights: str = ""     # file to read instead of the hub's (timm's or Meta's keys)
@@ -74,7 +76,7 @@ class Config:
     prepare: bool = False         # encode the latents of --data once into --cache, then stop
     cache: str = ""               # folder of encoded latents; empty: DATA-latents
     workers: int = 8              # data loading processes per rank
-    steps: int = 400_000          # Tab. 1: the column that all methods share
+    steps: int = 400_000          # ours: where the paper compares all methods
     batch_size: int = 256         # Tab. 7: images per step, over all processes
     accum: int = 1                # micro-batches per step and process, to save memory
     lr: float = 1e-4              # Tab. 7: AdamW, constant
@@ -128,7 +130,7 @@ def make_config(**typed) -> Config:
         merged.update(table[merged[name]])
     c = Config(**{**merged, **typed})
     shares = ("mask_ratio", "label_dropout", "ema_decay")
-    zero = ("seed", "mixer_depth", "align_coeff", "cls_coeff", "workers", "steps", *shares)
+    zero = (*shares, "seed", "mixer_depth", "align_coeff", "cls_coeff", "workers", "steps")
     for name, value in vars(c).items():
         high = 1 if name in shares else math.inf
         if type(value) in (int, float) and not (0 < value < high or value == 0 and name in zero):
@@ -238,7 +240,7 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
                         generator: torch.Generator | None = None) -> torch.Tensor:
-    """S of Eq. 7: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
+    """Draws S: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
     anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     scores = torch.rand(n, num_tokens, generator=generator, device=generator and generator.device)
@@ -256,10 +258,9 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")
 
 class SiT(nn.Module):
     """Scalable interpolant transformer with REPA's projector, REG's class token, our mixer.
-    class_token: the teacher's noised class token is one more token, before the patches.
-    mixer_depth: blocks on all tokens before the mask, not counted in depth.
-    align_depth: tokens are projected to z_dim after this block (from 1); 0 or None: never.
-    It draws no random number: masks and dropped labels come as arguments."""
+    class_token: the teacher's noised class token comes before the patches. mixer_depth: blocks on
+    all tokens before the mask, not counted in depth. align_depth: tokens are projected to z_dim
+    after this block (from 1); 0 or None: never. It draws no random number."""
     def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int,
                  depth: int, num_heads: int, num_classes: int, z_dim: int,
                  projector_dim: int = 2048, align_depth: int | None = None,
@@ -313,9 +314,9 @@ class SiT(nn.Module):
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed      # (N, [1+]T, D); before the mask: a kept token knows its place
-        for block in self.mixer:    # Eq. 6: tokens dropped below leave their trace in the others
+        for block in self.mixer:    # mixing: a dropped token leaves its trace in the others
             h = block(h, c)
-        h = gather_tokens(h, ids_keep, self.class_token)              # Eq. 7-8: (N, [1+]K, D)
+        h = gather_tokens(h, ids_keep, self.class_token)              # the mask: (N, [1+]K, D)
         z_pred = None
         for i, block in enumerate(self.blocks, start=1):
             h = block(h, c)
@@ -343,9 +344,9 @@ def from_official(state_dict: dict) -> dict:
 # ---- 4. The objective (Eq. 10 and 11) ------------------------------------------------------------
 def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None) -> dict:
-    """Everything random in a step of n images; what is given stays as it is.
-    t (n,) uniform on [0, 1), noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None
-    where no token is dropped, drop (n,) True where the label becomes the null class."""
+    """Everything random in a step of n images (what is given stays): t (n,) uniform on [0, 1),
+    noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None where no token is dropped,
+    drop (n,) True where the label becomes the null class."""
     on = dict(generator=generator, device=device)
     if ids_keep is None and config.mask_ratio > 0:
         num_tokens = latent_shape[1] * latent_shape[2] // config.patch_size ** 2
@@ -378,7 +379,6 @@ def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | N
         cls_t = (1 - t[:, None]) * cls + t[:, None] * cls_noise       # same t, noise of its own
     y = torch.where(drop, config.num_classes, y)                      # the null class
     v, v_cls, z_pred = model(x_t, t, y, cls_t, ids_keep)
-
     # Dropped tokens are neither predicted nor aligned: all means run over the kept ones.
     v_target = gather_tokens(v_target, ids_keep)                      # (N, K, p*p*C)
     denoise = (at_least_float32(v) - v_target).square().mean()        # Eq. 10, first term
@@ -412,11 +412,13 @@ def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_
 @torch.no_grad()
 def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scale: float = 1.0,
                    cls_cfg_scale: float | None = None, guidance_low: float = 0.0,
-                   guidance_high: float = 1.0, sde: bool = True, heun: bool = False):
+                   guidance_high: float = 1.0, sde: bool = True, heun: bool = False,
+                   randn_like=None) -> torch.Tensor:
     """Integrates the reverse SDE with w_t = 2t, one network call per step -> latents like x.
     x (N, C, H, W) and cls (N, z_dim) standard normal, y (N,) labels. Guidance acts where
     guidance_low <= t <= guidance_high; cls_cfg_scale None means cfg_scale. The state is float64.
-    sde=False: dx/dt = v in equal steps; heun then averages v over both ends, but in the last."""
+    sde=False: dx/dt = v in equal steps; heun then averages v over both ends, but in the last.
+    randn_like replaces torch.randn_like; it is asked for latent, then class token, in each step."""
     # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
     # equation. The score, the gradient of log density, is -(x + (1-t) v) / t: so the drift
     # v - (w_t / 2) score is (2-t) v + x, and a step of dt < 0 adds noise of variance w_t |dt|.
@@ -435,7 +437,8 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
             drift = [(2 - t) * v + a for a, v in zip(state, drift)]
         state = [a + dt * d for a, d in zip(state, drift)]
         if sde and t_next > 0:      # the last step, 0.04 -> 0, adds none: it would stay visible
-            state = [a + math.sqrt(-2 * t * dt) * torch.randn_like(a) for a in state]
+            spread, randn = math.sqrt(-2 * t * dt), randn_like or torch.randn_like
+            state = [a + spread * randn(a) for a in state]
     return state[0].to(dtype)
 
 euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
@@ -712,9 +715,9 @@ def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, r
         part.rename(path)
 
 def index_batches(count: int, config: Config, start: int, rank: int, world_size: int):
-    """Yields the image indices of this rank's micro-batches, from step `start` on.
-    The images form one endless stream, permuted anew in each epoch. Step s takes the s-th
-    batch_size of them, rank r the r-th part of those: the order depends on the seed alone."""
+    """Yields the image indices of this rank's micro-batches, from step `start` on. The images form
+    an endless stream, permuted anew per epoch by the seed alone; a step takes the next batch_size
+    of them, rank r the r-th part of those."""
     local, epoch, order = config.batch_size // world_size, None, None
     for step in range(start, config.steps):
         indices = []
@@ -732,8 +735,6 @@ def setup_distributed() -> tuple:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        if local_rank >= (found := torch.cuda.device_count()):
-            raise BadInput(f"nproc_per_node is {local_size}: this machine has {found} GPUs")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                                       # TF32
     else:   # torchrun gives each process one thread: share the cores instead
@@ -815,10 +816,10 @@ def train(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out / "latest.pt", parts)
     if rank == 0:
-        weights = sum(p.numel() for p in model.parameters())
-        cached = ", latents cached" if getattr(dataset, "cache", None) else ""
-        print(f"{config.method}, {config.size}, {weights:,} weights; {len(dataset)} images{cached}; "
-              f"{world_size} x {device.type}; steps {start} to {config.steps}; {out}", flush=True)
+        size = sum(p.numel() for p in model.parameters())
+        cached = " (latents cached)" * bool(getattr(dataset, "cache", None))
+        print(f"{config.method}, {config.size}, {size:,} weights, {len(dataset)} images{cached}, "
+              f"{world_size} x {device.type}, steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
             print("finished: raise --steps for more, or name another --out to start afresh")
         if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
@@ -836,7 +837,7 @@ def train(config: Config) -> None:
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
-    sums, since, tick = 0.0, start, time.time()
+    averaged, sums, since, tick = list(ema.parameters()), 0.0, start, time.time()
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank):
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
         generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
@@ -856,8 +857,7 @@ def train(config: Config) -> None:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():    # after the optimizer, so that the average includes this step
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
-                                 1 - config.ema_decay)
+            torch._foreach_lerp_(averaged, list(model.parameters()), 1 - config.ema_decay)
 
         done, last = step + 1, step + 1 == config.steps
         if done % config.log_every == 0 or last:
