@@ -2,13 +2,13 @@
 
   python sample.py runs/maskalign-demo/latest.pt                   a grid; prints its path
   python sample.py CKPT --classes 207,360 --cfg_scale 4            chosen classes, stronger guidance
-  python sample.py CKPT --trajectory                               how a few images come out of noise
-  torchrun --nproc_per_node=8 sample.py CKPT --num 50000 --out samples.npz    for an FID
+  python sample.py CKPT --trajectory                               how images come out of noise
+  torchrun --nproc_per_node=8 sample.py CKPT --num_images 50000 --out samples.npz    for an FID
 
 CKPT is a checkpoint of ours or a published one of SiT, REPA or REG. A grid uses the preset `grid`
-(ODE, 25 steps, guidance 2: pictures to look at), --num the preset `fid` (SDE, 250 steps, no
-guidance: as the papers); typed flags win. Image i depends on --seed and i alone: on CPU its bytes
-are the same for any number of processes and any batch size. On GPU they agree up to rounding.
+(ODE, 25 steps, guidance 2: pictures to look at), --num_images the preset `fid` (SDE, 250 steps,
+no guidance: as the papers); typed flags win. Image i depends on --seed and i alone: on CPU its
+bytes are the same for any number of processes and any batch size; on GPU up to rounding.
 """
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ SAMPLERS = {"sde": euler_maruyama, "ode": euler_ode,
             "heun": functools.partial(euler_ode, heun=True)}
 PRESETS = {"grid": dict(sampler="ode", steps=25, cfg_scale=2.0),
            "fid": dict(sampler="sde", steps=250, cfg_scale=1.0)}
-GROUP = 8      # on CPU the network always sees images 8k to 8k + 7 together
+GROUP = 16     # on CPU the network always sees images 16 k to 16 k + 15 together
 SHARD = 256    # images per resumable part of a large run
 
 
@@ -69,7 +69,7 @@ def load_checkpoint(path: str, raw: bool = False, num_heads: int = 0) -> tuple[S
 
 
 def from_published(state: dict, path: str, num_heads: int = 0) -> tuple[dict, Config]:
-    """A published SiT, REPA or REG state dict -> (weights in our convention, config from shapes)."""
+    """A published state dict -> (weights in our convention, config read off the shapes)."""
     try:
         state = merge_halves(state)
         dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -80,20 +80,21 @@ def from_published(state: dict, path: str, num_heads: int = 0) -> tuple[dict, Co
         mixers = {key.split(".")[1] for key in state if key.startswith("mixer.")}
         out_dim = len(state["final_layer.linear.weight"])
     except (KeyError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path} holds no SiT, REPA or REG checkpoint: {error} is missing") from error
+        raise BadInput(f"{path} holds no checkpoint of SiT, REPA or REG ({error})") from error
     size = next((row for row in SIZES.values()
                  if (row["hidden_size"], row["depth"]) == (dim, depth)), {})
     if not (num_heads or size):
         raise BadInput(f"{path} has width {dim} and depth {depth}, none of our sizes: use "
                        "load_checkpoint(..., num_heads=N)")
-    projector = [state[f"projectors.0.{i}.weight"] for i in (0, 4) if f"projectors.0.{i}.weight" in state]
-    z_dim = len(projector[1]) if projector else state["cls_head.weight"].shape[0] if class_token else 768
+    projector = "projectors.0.0.weight" in state
+    last = "projectors.0.4.weight" if projector else "final_layer.cls_head.weight"
     config = dataclasses.replace(
         Config(), method="published", size=Path(path).stem, hidden_size=dim, depth=depth,
         num_heads=num_heads or size["num_heads"], patch_size=patch, mixer_depth=len(mixers),
-        class_token=class_token, num_classes=len(table) - 1, z_dim=z_dim,
+        class_token=class_token, num_classes=len(table) - 1,
+        z_dim=len(state[last]) if last in state else Config.z_dim,
         align_coeff=0.5 if projector else 0.0, align_depth=min(size.get("align_depth", 1), depth),
-        projector_dim=len(projector[0]) if projector else 2048,
+        projector_dim=len(state["projectors.0.0.weight"]) if projector else Config.projector_dim,
         image_size=math.isqrt(tokens) * patch * (8 if channels == 4 else 1),
         vae=Config.vae if channels == 4 else "none")
     if out_dim == 2 * channels * patch ** 2:          # learn_sigma: only the original SiT has it
@@ -143,7 +144,8 @@ class InGroups:
 
     def __call__(self, *inputs) -> SiTOutput:
         parts = [self.model(*group) for group in zip(*(part.split(GROUP) for part in inputs))]
-        return SiTOutput(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+        return SiTOutput(*(None if column[0] is None else torch.cat(column)
+                           for column in zip(*parts)))
 
 
 def sample_images(model: SiT, vae, config: Config, indices: list, labels: list, args) -> np.ndarray:
@@ -189,7 +191,8 @@ def draw_grid(model, vae, config, classes: list, args) -> Path:
     path = Path(args.out or Path(args.checkpoint).with_name("grid.png"))
     images = in_batches(model, vae, config, 0, len(classes) * args.per_class,
                         lambda i: classes[min(i // args.per_class, len(classes) - 1)], args)
-    save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), [name_of(k, config) for k in classes], path)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    save_grid(images, [name_of(k, config) for k in classes], path)
     return path
 
 
@@ -276,8 +279,9 @@ def parse_classes(text: str, config: Config) -> list:
     names.update({str(k): k for k in range(config.num_classes)})
     for part in text.split(","):
         if part.strip() not in names:
-            raise BadInput(f"unknown class {part.strip()!r}: choose from 0 to {config.num_classes - 1}"
-                           + f" or {', '.join(config.class_names[:8])}" * bool(config.class_names))
+            some = f" or {', '.join(config.class_names[:8])}" if config.class_names else ""
+            raise BadInput(f"unknown class {part.strip()!r}: choose from 0 to "
+                           f"{config.num_classes - 1}{some}")
     return [names[part.strip()] for part in text.split(",")]
 
 
@@ -289,7 +293,8 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     add("checkpoint", help="latest.pt of a run, or a published file")
     add("--classes", default="", help="numbers or names, with commas between [8 of all]")
     add("--per_class", type=int, default=8, help="images per row of the grid [8]")
-    add("--num", type=int, default=0, help="write this many images instead of a grid")
+    # torchrun of Python < 3.12 takes --num for its own --numa-binding: there, type --num_images.
+    add("--num", "--num_images", type=int, default=0, help="write this many images, no grid")
     add("--out", default="", help="file to write [grid.png beside the checkpoint, or samples.npz]")
     add("--png", default="", metavar="DIR", help="with --num: PNG files in DIR instead of an npz")
     add("--labels", choices=["random", "balanced"], default="random", help="with --num [random]")
@@ -314,7 +319,8 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     for name in ("per_class", "batch_size", "steps"):
         if getattr(args, name) < 1:
             raise BadInput(f"{name} is {getattr(args, name)}: it must be above 0")
-    for name, fits, rule in (("num", args.num >= 0, "0 or above"), ("seed", args.seed >= 0, "0 or above"),
+    for name, fits, rule in (("num", args.num >= 0, "0 or above"),
+                             ("seed", args.seed >= 0, "0 or above"),
                              ("png", args.num or not args.png, "used with --num"),
                              ("cfg_scale", 0 <= args.cfg_scale < math.inf, "0 or above")):
         if not fits:
@@ -336,15 +342,17 @@ def run(args: argparse.Namespace) -> Path:
     protocol = {name: getattr(args, name) for name in (
         "num", "labels", "sampler", "steps", "cfg_scale", "cls_cfg_scale", "guidance_low",
         "guidance_high", "seed")}
-    protocol.update(weights="raw" if args.raw else "ema", precision="bf16" if args.fast else "float32",
-                    checkpoint=digest, method=config.method, size=config.size, vae=config.vae,
+    protocol.update(weights="raw" if args.raw else "ema",
+                    precision="bf16" if args.fast else "float32", checkpoint=digest,
+                    method=config.method, size=config.size, vae=config.vae,
                     image_size=config.image_size, pixels="truncated to uint8")
     if rank == 0:
         print(", ".join(f"{name} {value}" for name, value in protocol.items()), flush=True)
     if args.num:
         path = write_many(model, vae, config, args, protocol, rank, world_size)
     else:
-        path = (draw_trajectory if args.trajectory else draw_grid)(model, vae, config, classes, args)
+        draw = draw_trajectory if args.trajectory else draw_grid
+        path = draw(model, vae, config, classes, args)
     if rank == 0:
         print(path)
     if world_size > 1:

@@ -1,4 +1,5 @@
 """Reads tests/golden/public.json: weights and inputs rebuilt by name, outputs to compare with."""
+
 import json
 from pathlib import Path
 
@@ -15,17 +16,24 @@ CASES = {case["id"]: case for case in GOLD["cases"]}
 
 def ids(prefix, without=()):
     """Parametrises a test over the cases whose id starts with `prefix`."""
-    return pytest.mark.parametrize("case", [
-        case for name, case in CASES.items()
-        if name.startswith(prefix) and not any(word in name for word in without)],
-        ids=lambda case: case["id"])
+    return pytest.mark.parametrize(
+        "case",
+        [
+            case
+            for name, case in CASES.items()
+            if name.startswith(prefix) and not any(word in name for word in without)
+        ],
+        ids=lambda case: case["id"],
+    )
 
 
 def weights(case, dtype=torch.float64, seed=None):
     """The official state dict of a case."""
     seed = case["seed"] if seed is None else seed
-    state = {key: torch.from_numpy(formula.param(key, shape, seed)).to(dtype)
-             for key, shape in case["state_dict"]}
+    state = {
+        key: torch.from_numpy(formula.param(key, shape, seed)).to(dtype)
+        for key, shape in case["state_dict"]
+    }
     if "pos_embed" in case.get("keep_official_init", []):
         extra = state["pos_embed"].shape[1] - (case["config"]["input_size"] // 2) ** 2
         table = sincos_pos_embed(state["pos_embed"].shape[2], case["config"]["input_size"] // 2)
@@ -35,18 +43,30 @@ def weights(case, dtype=torch.float64, seed=None):
 
 def inputs(case, dtype=torch.float64):
     """The inputs of a case, by name."""
-    tensors = {key: torch.from_numpy(formula.make(spec, case["seed"]))
-               for key, spec in case["inputs"].items()}
+    tensors = {
+        key: torch.from_numpy(formula.make(spec, case["seed"]))
+        for key, spec in case["inputs"].items()
+    }
     return {key: x.to(dtype) if x.is_floating_point() else x for key, x in tensors.items()}
 
 
 def model(case, dtype=torch.float64):
     """Our SiT with the official weights of a case, loaded strictly."""
     c, state = case["config"], from_official(weights(case, dtype))
-    sit = SiT(c["input_size"], c["patch_size"], c["in_channels"], c["hidden_size"], c["depth"],
-              c["num_heads"], len(state["y_embedder.embedding_table.weight"]) - 1, c["z_dims"][0],
-              c["projector_dim"], align_depth=c["encoder_depth"],
-              class_token="cls_norm.weight" in state, mixer_depth=0).to(dtype)
+    sit = SiT(
+        c["input_size"],
+        c["patch_size"],
+        c["in_channels"],
+        c["hidden_size"],
+        c["depth"],
+        c["num_heads"],
+        len(state["y_embedder.embedding_table.weight"]) - 1,
+        c["z_dims"][0],
+        c["projector_dim"],
+        align_depth=c["encoder_depth"],
+        class_token="cls_norm.weight" in state,
+        mixer_depth=0,
+    ).to(dtype)
     sit.load_state_dict(state)
     return sit.eval()
 

@@ -1,4 +1,5 @@
-"""Settings: one truth for each default, tables whose rows override it, one sentence for bad ones."""
+"""Settings: one truth for each default, tables that override it, one sentence for bad ones."""
+
 import dataclasses
 
 import pytest
@@ -9,10 +10,26 @@ from maskalign import DEMO, METHODS, SIZES, BadInput, Config, make_config, parse
 
 def test_defaults_are_the_papers_main_run():
     c = parse_config(["--data", "imagenet"])
-    table_7 = dict(lr=1e-4, batch_size=256, ema_decay=0.9999, label_dropout=0.1, mask_ratio=0.25,
-                   mixer_depth=2, align_coeff=0.5, cls_coeff=0.03, align_depth=8, grad_clip=1.0,
-                   hidden_size=1152, depth=28, num_heads=16, patch_size=2, image_size=256,
-                   teacher="vit_base_patch14_dinov2.lvd142m", class_token=True, method="maskalign")
+    table_7 = dict(
+        lr=1e-4,
+        batch_size=256,
+        ema_decay=0.9999,
+        label_dropout=0.1,
+        mask_ratio=0.25,
+        mixer_depth=2,
+        align_coeff=0.5,
+        cls_coeff=0.03,
+        align_depth=8,
+        grad_clip=1.0,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        patch_size=2,
+        image_size=256,
+        teacher="vit_base_patch14_dinov2.lvd142m",
+        class_token=True,
+        method="maskalign",
+    )
     assert {name: getattr(c, name) for name in table_7} == table_7
     assert c == dataclasses.replace(Config(), data="imagenet", out=c.out, cache=c.cache)
     assert c.latent_shape == (4, 32, 32)
@@ -33,7 +50,9 @@ def test_precedence_is_defaults_demo_tables_typed():
     assert parse_config(["--batch_size", "8"]).batch_size == 8
 
 
-@pytest.mark.parametrize("size, depth", [("SiT-S/2", 4), ("SiT-B/2", 4), ("SiT-L/2", 8), ("SiT-XL/2", 8)])
+@pytest.mark.parametrize(
+    "size, depth", [("SiT-S/2", 4), ("SiT-B/2", 4), ("SiT-L/2", 8), ("SiT-XL/2", 8)]
+)
 def test_alignment_depth_follows_the_size_unless_typed(size, depth):
     assert make_config(data="x", size=size).align_depth == depth
     assert make_config(data="x", size=size, align_depth=5).align_depth == 5
@@ -44,10 +63,14 @@ def test_every_method_is_a_row_of_settings(method):
     c = make_config(method=method)
     assert all(getattr(c, name) == value for name, value in METHODS[method].items())
     assert (c.class_token, c.mixer_depth, c.mask_ratio, c.align_coeff) == {
-        "sit": (False, 0, 0.0, 0.0), "repa": (False, 0, 0.0, 0.5), "reg": (True, 0, 0.0, 0.5),
-        "maskalign": (True, 2, 0.25, 0.5), "repa+maskalign": (False, 2, 0.25, 0.5),
+        "sit": (False, 0, 0.0, 0.0),
+        "repa": (False, 0, 0.0, 0.5),
+        "reg": (True, 0, 0.0, 0.5),
+        "maskalign": (True, 2, 0.25, 0.5),
+        "repa+maskalign": (False, 2, 0.25, 0.5),
         "maskalign-no-mixing": (True, 0, 0.25, 0.5),
-        "maskalign-no-masking": (True, 2, 0.0, 0.5)}[method]
+        "maskalign-no-masking": (True, 2, 0.0, 0.5),
+    }[method]
 
 
 def test_every_typed_field_has_a_flag_with_its_comment_as_help(capsys):
@@ -70,21 +93,27 @@ def test_config_survives_the_checkpoint():
     assert Config(**dataclasses.asdict(c)) == c
 
 
-@pytest.mark.parametrize("typed, message", [
-    (dict(method="mae"), r"unknown method 'mae': choose from sit, repa, reg, maskalign"),
-    (dict(size="XXL"), r"unknown size 'XXL': choose from SiT-S/2"),
-    (dict(mask_ratio=1.0), r"mask_ratio is 1.0: it must be in \[0, 1\)"),
-    (dict(mask_ratio=-0.1), r"mask_ratio is -0.1"),
-    (dict(mask_ratio=float("nan")), r"mask_ratio is nan"),
-    (dict(align_depth=7), r"align_depth is 7: it must be at most the depth, 6"),
-    (dict(align_depth=0), r"align_depth is 0"),
-    (dict(data="x", image_size=250), r"image_size is 250: it must be a multiple of 16 for vae"),
-    (dict(image_size=22), r"image_size is 22: it must be a multiple of 4 for vae none"),
-    (dict(hidden_size=98), r"hidden_size is 98"), (dict(num_heads=5), r"num_heads is 5"),
-    (dict(lr=0.0), r"lr is 0.0: it must be above 0"), (dict(lr=float("inf")), r"lr is inf"),
-    (dict(batch_size=-1), r"batch_size is -1"), (dict(steps=-5), r"steps is -5: it must be 0 or above"),
-    (dict(prepare=True), r"prepare is True: it must be used with --data and a VAE"),
-])
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        (dict(method="mae"), r"unknown method 'mae': choose from sit, repa, reg, maskalign"),
+        (dict(size="XXL"), r"unknown size 'XXL': choose from SiT-S/2"),
+        (dict(mask_ratio=1.0), r"mask_ratio is 1.0: it must be in \[0, 1\)"),
+        (dict(mask_ratio=-0.1), r"mask_ratio is -0.1"),
+        (dict(mask_ratio=float("nan")), r"mask_ratio is nan"),
+        (dict(align_depth=7), r"align_depth is 7: it must be at most the depth, 6"),
+        (dict(align_depth=0), r"align_depth is 0"),
+        (dict(data="x", image_size=250), r"image_size is 250: it must be a multiple of 16 for vae"),
+        (dict(image_size=22), r"image_size is 22: it must be a multiple of 4 for vae none"),
+        (dict(hidden_size=98), r"hidden_size is 98"),
+        (dict(num_heads=5), r"num_heads is 5"),
+        (dict(lr=0.0), r"lr is 0.0: it must be above 0"),
+        (dict(lr=float("inf")), r"lr is inf"),
+        (dict(batch_size=-1), r"batch_size is -1"),
+        (dict(steps=-5), r"steps is -5: it must be 0 or above"),
+        (dict(prepare=True), r"prepare is True: it must be used with --data and a VAE"),
+    ],
+)
 def test_a_value_that_cannot_work_is_one_sentence(typed, message):
     with pytest.raises(BadInput, match=message) as caught:
         make_config(**typed)

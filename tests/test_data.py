@@ -1,4 +1,5 @@
 """Data: shapes, crops, folders as they are found in the wild, and latents encoded beforehand."""
+
 import os
 
 import numpy as np
@@ -8,8 +9,18 @@ from golden_cases import CASES, weights
 from PIL import Image
 
 import maskalign
-from maskalign import (BadInput, FolderImages, build_vae, cache_file, center_crop, demo_shapes, encode_images,
-                       index_batches, make_config, prepare)
+from maskalign import (
+    BadInput,
+    FolderImages,
+    build_vae,
+    cache_file,
+    center_crop,
+    demo_shapes,
+    encode_images,
+    index_batches,
+    make_config,
+    prepare,
+)
 
 
 def make_folder(root, classes=("cat", "dog"), per_class=3, size=(40, 30)):
@@ -39,15 +50,17 @@ def test_demo_classes_differ_in_shape():
     assert by_class["ring"] < 80 < 150 < by_class["disc"]
 
 
-@pytest.mark.parametrize("width, height", [(256, 256), (500, 375), (1200, 900), (100, 60), (60, 100), (257, 700)])
+@pytest.mark.parametrize(
+    "width, height", [(256, 256), (500, 375), (1200, 900), (100, 60), (60, 100), (257, 700)]
+)
 def test_center_crop_gives_the_middle_at_any_size(width, height):
     ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
     crop = center_crop(Image.fromarray(ramp.astype(np.uint8)), 64)
     assert crop.size == (64, 64)
     row = np.array(crop)[32, :, 0].astype(float)
-    assert row[31:33].mean() == pytest.approx(127, abs=4)                      # centred
+    assert row[31:33].mean() == pytest.approx(127, abs=4)  # centred
     covered = min(1.0, height / width) * 255
-    assert row[-1] - row[0] == pytest.approx(covered * 63 / 64, abs=6)         # the whole short side
+    assert row[-1] - row[0] == pytest.approx(covered * 63 / 64, abs=6)  # the whole short side
 
 
 def test_center_crop_halves_by_box_before_bicubic():
@@ -55,7 +68,7 @@ def test_center_crop_halves_by_box_before_bicubic():
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
     halved = pixels.reshape(128, 2, 128, 2).mean((1, 3)).reshape(64, 2, 64, 2).mean((1, 3))
     crop = np.array(center_crop(Image.fromarray(pixels), 64)).astype(float)
-    assert np.abs(crop - halved).max() <= 2                  # each halving rounds to whole numbers
+    assert np.abs(crop - halved).max() <= 2  # each halving rounds to whole numbers
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "1", "LA", "I;16"])
@@ -78,7 +91,11 @@ def test_folder_classes_are_its_sorted_subfolders_with_or_without_train(tmp_path
 
 
 def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
-    for folder in (tmp_path / "missing", tmp_path, make_folder(tmp_path / "flat", ("a",), per_class=0)):
+    for folder in (
+        tmp_path / "missing",
+        tmp_path,
+        make_folder(tmp_path / "flat", ("a",), per_class=0),
+    ):
         with pytest.raises(BadInput, match=f"--data {folder} must hold images as class/") as caught:
             FolderImages(str(folder), 16)
         assert "\n" not in str(caught.value)
@@ -87,15 +104,17 @@ def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
 def test_a_file_that_is_no_image_is_named_before_any_work(tmp_path):
     folder = make_folder(tmp_path)
     (tmp_path / "cat" / "notes.jpg").write_text("no image")
-    with pytest.raises(BadInput, match="must hold images as class/.* cannot identify image file .*cat/notes.jpg"):
+    with pytest.raises(
+        BadInput, match="must hold images as class/.* cannot identify image file .*cat/notes.jpg"
+    ):
         FolderImages(folder, 16)
 
 
 def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
     folder = make_folder(tmp_path)
     whole = (tmp_path / "dog" / "1.png").read_bytes()
-    (tmp_path / "dog" / "1.png").write_bytes(whole[:len(whole) // 2])
-    images = FolderImages(folder, 16)                      # its header is fine
+    (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
+    images = FolderImages(folder, 16)  # its header is fine
     with pytest.raises(BadInput, match="dog/1.png is no readable image"):
         images[4]
 
@@ -103,17 +122,20 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
 def test_every_image_is_seen_once_per_epoch_in_an_order_of_the_seed():
     config = make_config(batch_size=4, steps=15, seed=3)
     stream = [i for batch in index_batches(10, config, 0, 0, 1) for i in batch]
-    epochs = [stream[k:k + 10] for k in range(0, 60, 10)]
+    epochs = [stream[k : k + 10] for k in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert stream != [i for batch in index_batches(10, make_config(batch_size=4, steps=15, seed=4), 0, 0, 1)
-                      for i in batch]
+    assert stream != [
+        i
+        for batch in index_batches(10, make_config(batch_size=4, steps=15, seed=4), 0, 0, 1)
+        for i in batch
+    ]
 
 
 @pytest.mark.parametrize("world_size, accum", [(1, 2), (2, 1), (2, 3), (6, 2)])
 def test_processes_and_micro_batches_share_the_same_stream(world_size, accum):
     one = make_config(batch_size=12, steps=5)
-    whole = [list(batch) for batch in index_batches(7, one, 0, 0, 1)]        # fewer images than a batch
+    whole = [list(batch) for batch in index_batches(7, one, 0, 0, 1)]  # fewer images than a batch
     config = make_config(batch_size=12, steps=5, accum=accum)
     ranks = [list(index_batches(7, config, 0, rank, world_size)) for rank in range(world_size)]
     for step in range(5):
@@ -135,7 +157,9 @@ def vae_file(tmp_path_factory):
 
 
 def prepared(folder, vae_file, **typed):
-    config = make_config(data=folder, image_size=16, vae_weights=vae_file, prepare=True, workers=0, **typed)
+    config = make_config(
+        data=folder, image_size=16, vae_weights=vae_file, prepare=True, workers=0, **typed
+    )
     data, vae = FolderImages(folder, 16), build_vae(config, "cpu")
     return config, data, vae, cache_file(config, data, vae)
 
@@ -147,7 +171,7 @@ def test_prepared_latents_are_those_encoded_on_the_fly(tmp_path, vae_file):
     assert path.parent == tmp_path / "data-latents" and len(data) == 6
     for image, _, moments in (data[i] for i in range(6)):
         direct = encode_images(vae, image[None])[0]
-        torch.testing.assert_close(moments.float(), direct, rtol=2e-3, atol=1e-4)       # float16
+        torch.testing.assert_close(moments.float(), direct, rtol=2e-3, atol=1e-4)  # float16
         assert moments.dtype == torch.float16 and moments.shape == (8, 2, 2)
 
 
@@ -164,10 +188,10 @@ def test_killed_preparation_goes_on_without_doing_rows_again(tmp_path, vae_file,
     monkeypatch.setattr(maskalign, "encode_images", count)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, data, vae, "cpu", 0, 1)
-    assert not path.exists()                     # half a cache is not taken for a whole one
+    assert not path.exists()  # half a cache is not taken for a whole one
     prepare(config, data, vae, "cpu", 0, 1)
     assert calls == [32, 32, 32, 16] and (np.load(path)[:, -1, -1, -1] > 0).all()
-    prepare(config, data, vae, "cpu", 0, 1)      # nothing left to do
+    prepare(config, data, vae, "cpu", 0, 1)  # nothing left to do
     assert len(calls) == 4
 
 

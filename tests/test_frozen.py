@@ -1,4 +1,5 @@
 """Teacher and VAE: the official networks, read from files of the published formats."""
+
 import time
 
 import pytest
@@ -7,8 +8,19 @@ import torch
 from golden_cases import CASES, assert_golden, inputs, weights
 
 import maskalign
-from maskalign import (AutoencoderKL, BadInput, ClassifierTeacher, ViTTeacher, build_teacher, build_vae,
-                       decode_latents, demo_shapes, encode_images, make_config, read_weights)
+from maskalign import (
+    AutoencoderKL,
+    BadInput,
+    ClassifierTeacher,
+    ViTTeacher,
+    build_teacher,
+    build_vae,
+    decode_latents,
+    demo_shapes,
+    encode_images,
+    make_config,
+    read_weights,
+)
 
 DINO, VAE = CASES["dinov2/vit_s14_224"], CASES["vae/sd_vae"]
 NAME = "vit_small_patch14_dinov2.lvd142m"
@@ -32,9 +44,9 @@ def test_teacher_tokens_equal_the_official_ones(dino_file):
     assert_golden(teacher.vit.pos_embed, DINO, "pos_embed_resampled")
     with torch.no_grad():
         assert_golden(teacher.vit.forward_features(x["pixels"]), DINO, "forward_features")
-        tokens = teacher(x["image_u8"].to(torch.uint8))     # 256 px: normalise, bicubic to 224
+        tokens = teacher(x["image_u8"].to(torch.uint8))  # 256 px: normalise, bicubic to 224
         assert_golden(tokens, DINO, "image_features")
-    assert tokens.shape == (1, 257, 384) == (1, 1 + 16 ** 2, teacher.dim)
+    assert tokens.shape == (1, 257, 384) == (1, 1 + 16**2, teacher.dim)
 
 
 def test_teacher_in_float32_equals_the_official_run(dino_file):
@@ -115,10 +127,16 @@ def test_a_weights_file_cannot_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("build, flag, file", [
-    (lambda c: build_teacher(c, None, "cpu"), "--teacher_weights", "model.safetensors"),
-    (lambda c: build_vae(c, "cpu"), "--vae_weights", "diffusion_pytorch_model.safetensors")])
-def test_offline_without_a_file_names_both_ways_out_quickly(build, flag, file, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "build, flag, file",
+    [
+        (lambda c: build_teacher(c, None, "cpu"), "--teacher_weights", "model.safetensors"),
+        (lambda c: build_vae(c, "cpu"), "--vae_weights", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_offline_without_a_file_names_both_ways_out_quickly(
+    build, flag, file, monkeypatch, tmp_path
+):
     monkeypatch.setattr(maskalign.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(maskalign.huggingface_hub, "try_to_load_from_cache", lambda *a: None)
     start = time.monotonic()
@@ -168,7 +186,7 @@ def test_latents_are_scaled_and_pixels_truncated_as_in_repa(vae_weights):
     pixels = decode_latents(vae, x["latent"] * 0.18215).permute(0, 2, 3, 1)
     assert_golden(pixels.float(), VAE, "decoded_u8_nhwc")
     decoded = (255 * (vae.decode(x["latent"]) + 1) / 2).clamp(0, 255).permute(0, 2, 3, 1)
-    assert (pixels == decoded.floor()).float().mean() > 0.999             # truncated, not rounded
+    assert (pixels == decoded.floor()).float().mean() > 0.999  # truncated, not rounded
     assert (pixels == decoded.round()).float().mean() < 0.9
 
 
@@ -203,4 +221,7 @@ def test_demo_teacher_learns_its_classes_and_standardises_its_tokens():
     for tokens in (z[:, 0], z[:, 1:].flatten(0, 1)):
         assert tokens.mean().abs() < 0.2 and 0.7 < tokens.std() < 1.3
     again = build_teacher(config, data, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(teacher.state_dict().values(), again.state_dict().values())
+    )

@@ -1,4 +1,5 @@
 """The method: a random token subset after a mixing block, without which a dropped token is gone."""
+
 import pytest
 import torch
 from test_model import tiny
@@ -16,16 +17,31 @@ def trained_looking(sit, seed=0):
 
 def batch(n=3):
     generator = torch.Generator().manual_seed(1)
-    return (torch.randn(n, 4, 8, 8, generator=generator), torch.rand(n, generator=generator),
-            torch.arange(n), torch.randn(n, 16, generator=generator))
+    return (
+        torch.randn(n, 4, 8, 8, generator=generator),
+        torch.rand(n, generator=generator),
+        torch.arange(n),
+        torch.randn(n, 16, generator=generator),
+    )
 
 
-@pytest.mark.parametrize("num_tokens, ratio, kept", [(256, 0.25, 192), (256, 0.0, 256), (256, 0.75, 64),
-                                                     (36, 0.25, 27), (10, 0.25, 8), (4, 0.99, 1)])
+@pytest.mark.parametrize(
+    "num_tokens, ratio, kept",
+    [
+        (256, 0.25, 192),
+        (256, 0.0, 256),
+        (256, 0.75, 64),
+        (36, 0.25, 27),
+        (10, 0.25, 8),
+        (4, 0.99, 1),
+    ],
+)
 def test_subset_has_the_stated_size_without_repetition(num_tokens, ratio, kept):
     ids = sample_token_subset(50, num_tokens, ratio, seeded("cpu", "test"))
     assert ids.shape == (50, kept)
-    assert all(len(set(row)) == kept and 0 <= min(row) and max(row) < num_tokens for row in ids.tolist())
+    assert all(
+        len(set(row)) == kept and 0 <= min(row) and max(row) < num_tokens for row in ids.tolist()
+    )
 
 
 def test_each_token_is_kept_equally_often():
@@ -39,7 +55,7 @@ def test_each_token_is_kept_equally_often():
 def test_pairs_of_tokens_are_kept_independently_of_their_distance():
     ids = sample_token_subset(20000, 16, 0.25, seeded("cpu", "test"))
     kept = torch.zeros(20000, 16).scatter_(1, ids, 1.0)
-    both = kept.T @ kept / 20000                                   # expected 12/16 * 11/15 = 0.55
+    both = kept.T @ kept / 20000  # expected 12/16 * 11/15 = 0.55
     off_diagonal = both[~torch.eye(16, dtype=torch.bool)]
     assert (off_diagonal - 0.55).abs().max() < 4.5 * (0.55 * 0.45 / 20000) ** 0.5
 
@@ -56,21 +72,23 @@ def test_subset_depends_on_the_generator_alone():
 
 
 def test_class_token_is_never_dropped():
-    tokens = torch.arange(2 * 5, dtype=torch.float).view(2, 5, 1)   # class token 0 and 5
+    tokens = torch.arange(2 * 5, dtype=torch.float).view(2, 5, 1)  # class token 0 and 5
     kept = gather_tokens(tokens, torch.tensor([[1, 3], [0, 2]]), class_token=True)
     assert kept[:, :, 0].tolist() == [[0, 2, 4], [5, 6, 8]]
     x, t, y, cls = batch()
     sit = trained_looking(tiny())
     ids = sample_token_subset(3, 16, 0.75, seeded("cpu", "test"))
     out = sit(x, t, y, cls, ids)
-    assert out.v.shape == (3, 4, 16) and out.v_cls.shape == (3, 16) and out.z_pred.shape == (3, 5, 16)
+    assert (
+        out.v.shape == (3, 4, 16) and out.v_cls.shape == (3, 16) and out.z_pred.shape == (3, 5, 16)
+    )
     assert not torch.allclose(out.v_cls, sit(x, t, y, cls + 1, ids).v_cls)
 
 
 @pytest.mark.parametrize("mixer_depth, reaches", [(0, False), (2, True)])
 def test_a_dropped_token_reaches_the_others_only_through_the_mixer(mixer_depth, reaches):
     sit, (x, t, y, cls) = trained_looking(tiny(mixer_depth=mixer_depth)), batch()
-    ids = torch.arange(1, 16).expand(3, 15)                         # drops token 0, top left
+    ids = torch.arange(1, 16).expand(3, 15)  # drops token 0, top left
     changed = x.clone()
     changed[:, :, :2, :2] += 5.0
     outs = [sit(image, t, y, cls, ids) for image in (x, changed)]
@@ -80,7 +98,7 @@ def test_a_dropped_token_reaches_the_others_only_through_the_mixer(mixer_depth, 
 
 def test_kept_tokens_keep_their_positions():
     sit, (x, t, y, cls) = trained_looking(tiny(mixer_depth=0, depth=2)), batch()
-    x = torch.ones_like(x)                                          # only positions tell tokens apart
+    x = torch.ones_like(x)  # only positions tell tokens apart
     a = sit(x, t, y, cls, torch.tensor([[0, 1]] * 3)).v
     b = sit(x, t, y, cls, torch.tensor([[0, 9]] * 3)).v
     assert not torch.allclose(a[:, 1], b[:, 1])
@@ -100,10 +118,12 @@ def test_no_mask_and_no_mixer_equals_reg():
     sit = trained_looking(tiny(mixer_depth=0))
     ours = make_config(data="x", mask_ratio=0.0, mixer_depth=0, num_classes=10)
     reg = make_config(data="x", method="reg", num_classes=10)
-    losses = [training_losses(sit, x, y, z, config, generator=seeded("cpu", "test"))
-              for config in (ours, reg)]
+    losses = [
+        training_losses(sit, x, y, z, config, generator=seeded("cpu", "test"))
+        for config in (ours, reg)
+    ]
     assert losses[0] == losses[1]
     everything = sample_token_subset(3, 16, 0.0)
     assert torch.equal(everything, torch.arange(16).expand(3, 16))
     given = training_losses(sit, x, y, z, reg, ids_keep=everything, generator=seeded("cpu", "test"))
-    assert given == losses[1]                                       # keeping all is exactly no mask
+    assert given == losses[1]  # keeping all is exactly no mask

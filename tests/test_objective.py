@@ -1,4 +1,5 @@
 """The losses are those of REPA and REG, restricted to the kept tokens (Eq. 10 and 11)."""
+
 import dataclasses
 
 import pytest
@@ -7,8 +8,16 @@ from golden_cases import assert_golden, ids, inputs, model
 from test_method import batch, trained_looking
 from test_model import tiny
 
-from maskalign import (SiTOutput, draw_step, from_official, make_config, patchify,
-                       sample_token_subset, seeded, training_losses)
+from maskalign import (
+    SiTOutput,
+    draw_step,
+    from_official,
+    make_config,
+    patchify,
+    sample_token_subset,
+    seeded,
+    training_losses,
+)
 
 CONFIG = make_config(data="x", num_classes=10)
 
@@ -17,20 +26,22 @@ def official_losses(sit, case, x, step=""):
     """REG's losses by our function.
 
     The golden cases give the diffused class token and the aligned one independently; ours are one.
-    So the class token's noise is chosen, for the alignment term, such that c_t comes out the same."""
+    So the class token's noise is chosen, for the alignment term, such that c_t comes out the same.
+    """
     config = make_config(data="x", method="reg" if sit.class_token else "repa", num_classes=10)
     x = {key.removeprefix(step): value for key, value in x.items() if key.startswith(step)}
     drop, feat = x["drop_rand"] < 0.1, x["feat.0"]
     options = dict(t=x["t"], noise=x["noise"], drop=drop)
     if not sit.class_token:
-        z = torch.cat([torch.full_like(feat[:, :1], torch.nan), feat], 1)     # must not be read
+        z = torch.cat([torch.full_like(feat[:, :1], torch.nan), feat], 1)  # must not be read
         return training_losses(sit, x["images"], x["y"], z, config, **options)
     t, cls, noise = x["t"][:, None], x["cls_token"], x["noise_cls"]
     z = torch.cat([cls[:, None], feat[:, 1:]], 1)
     losses = training_losses(sit, x["images"], x["y"], z, config, cls_noise=noise, **options)
     moved = ((1 - t) * (cls - feat[:, 0]) + t * noise) / t
-    losses["align"] = training_losses(sit, x["images"], x["y"], feat, config, cls_noise=moved,
-                                      **options)["align"]
+    losses["align"] = training_losses(
+        sit, x["images"], x["y"], feat, config, cls_noise=moved, **options
+    )["align"]
     losses["loss"] = losses["denoise"] + 0.03 * losses["cls"] + 0.5 * losses["align"]
     return losses
 
@@ -67,8 +78,9 @@ def test_three_optimiser_steps_equal_the_official_ones(case):
         losses["loss"].backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trained, CONFIG.grad_clip))
         optimizer.step()
-        torch._foreach_lerp_(list(ema.values()), [p.data for p in sit.parameters()],
-                             1 - CONFIG.ema_decay)
+        torch._foreach_lerp_(
+            list(ema.values()), [p.data for p in sit.parameters()], 1 - CONFIG.ema_decay
+        )
         totals.append(losses["loss"].detach())
     assert optim["lr"] == CONFIG.lr and optim["ema_decay"] == CONFIG.ema_decay
     assert_golden(torch.stack(totals), case, "total_per_step")
@@ -104,14 +116,21 @@ def test_a_perfect_velocity_gives_loss_zero():
         v = torch.stack([row[ids] for row, ids in zip(v, ids_keep)])
         return SiTOutput(v, cls_noise - z[:, 0], None)
 
-    losses = training_losses(perfect, x, y, z, CONFIG, noise=noise, cls_noise=cls_noise, ids_keep=keep)
+    losses = training_losses(
+        perfect, x, y, z, CONFIG, noise=noise, cls_noise=cls_noise, ids_keep=keep
+    )
     assert losses["denoise"] == losses["cls"] == losses["align"] == losses["loss"] == 0
 
 
 def test_velocity_is_the_derivative_of_the_path():
-    """The model is shown x_t at t and t + h; their difference over h is the target it is held to."""
+    """The model is shown x_t at two times; their slope is the target that it is held to."""
     x, _, y, _ = (part.double() if part.is_floating_point() else part for part in batch())
-    noise, cls_noise, z, seen = torch.randn_like(x), torch.randn(3, 16).double(), torch.randn(3, 17, 16).double(), []
+    noise, cls_noise, z, seen = (
+        torch.randn_like(x),
+        torch.randn(3, 16).double(),
+        torch.randn(3, 17, 16).double(),
+        [],
+    )
 
     def spy(x_t, t, y, cls_t, ids_keep):
         seen.append((x_t, cls_t))
@@ -120,8 +139,9 @@ def test_velocity_is_the_derivative_of_the_path():
 
     config = dataclasses.replace(CONFIG, mask_ratio=0.0)
     for t in (0.5, 0.75):
-        losses = training_losses(spy, x, y, z, config, t=torch.full((3,), t).double(), noise=noise,
-                                 cls_noise=cls_noise)
+        losses = training_losses(
+            spy, x, y, z, config, t=torch.full((3,), t).double(), noise=noise, cls_noise=cls_noise
+        )
     assert losses["denoise"] < 1e-24 and losses["cls"] < 1e-24
 
 
@@ -135,14 +155,21 @@ def test_time_zero_is_data_and_time_one_is_noise():
 
     config = dataclasses.replace(CONFIG, mask_ratio=0.0)
     for t in (0.0, 1.0):
-        training_losses(spy, x, y, torch.randn(3, 17, 16), config, t=torch.full((3,), t), noise=noise)
+        training_losses(
+            spy, x, y, torch.randn(3, 17, 16), config, t=torch.full((3,), t), noise=noise
+        )
     assert torch.equal(shown[0], x) and torch.equal(shown[1], noise)
 
 
 def test_dropped_tokens_are_neither_predicted_nor_aligned():
     """Without a mixer, nothing about a dropped token can change any loss or gradient."""
     sit, (x, t, y, _) = trained_looking(tiny(mixer_depth=0)).double(), batch()
-    x, t, z, noise = x.double(), t.double(), torch.randn(3, 17, 16).double(), torch.randn(3, 4, 8, 8).double()
+    x, t, z, noise = (
+        x.double(),
+        t.double(),
+        torch.randn(3, 17, 16).double(),
+        torch.randn(3, 4, 8, 8).double(),
+    )
     keep = torch.arange(1, 16).expand(3, 15)
     options = dict(t=t, noise=noise, ids_keep=keep, cls_noise=torch.zeros(3, 16), drop=y < 0)
     one = training_losses(sit, x, y, z, CONFIG, **options)
@@ -156,12 +183,18 @@ def test_losses_on_a_subset_are_means_over_that_subset():
     z, noise = torch.randn(3, 17, 16), torch.randn(3, 4, 8, 8)
     cls_noise, drop = torch.randn(3, 16), torch.tensor([True, False, False])
     keep = sample_token_subset(3, 16, 0.25, seeded("cpu", "test"))
-    losses = training_losses(sit, x, y, z, CONFIG, t=t, noise=noise, cls_noise=cls_noise, drop=drop,
-                             ids_keep=keep)
+    losses = training_losses(
+        sit, x, y, z, CONFIG, t=t, noise=noise, cls_noise=cls_noise, drop=drop, ids_keep=keep
+    )
     s = t.view(3, 1, 1, 1)
     labels = torch.where(drop, 10, y)
-    out = sit((1 - s) * x + s * noise, t, labels,
-              (1 - t[:, None]) * z[:, 0] + t[:, None] * cls_noise, keep)
+    out = sit(
+        (1 - s) * x + s * noise,
+        t,
+        labels,
+        (1 - t[:, None]) * z[:, 0] + t[:, None] * cls_noise,
+        keep,
+    )
     v, error, cosines = patchify(noise - x, 2), [], []
     for i in range(3):
         error += [((out.v[i, j] - v[i, k]) ** 2).mean() for j, k in enumerate(keep[i])]
@@ -172,27 +205,40 @@ def test_losses_on_a_subset_are_means_over_that_subset():
     torch.testing.assert_close(losses["align"], -torch.stack(cosines).mean())
     assert len(cosines) == 3 * 13
     torch.testing.assert_close(
-        losses["loss"], losses["denoise"] + 0.03 * losses["cls"] + 0.5 * losses["align"])
+        losses["loss"], losses["denoise"] + 0.03 * losses["cls"] + 0.5 * losses["align"]
+    )
 
 
-@pytest.mark.parametrize("method, parts", [("sit", {"denoise"}), ("repa", {"denoise", "align"}),
-                                           ("reg", {"denoise", "align", "cls"})])
+@pytest.mark.parametrize(
+    "method, parts",
+    [("sit", {"denoise"}), ("repa", {"denoise", "align"}), ("reg", {"denoise", "align", "cls"})],
+)
 def test_each_method_has_its_own_terms(method, parts):
     config = make_config(data="x", method=method, num_classes=10)
-    sit = trained_looking(tiny(class_token=config.class_token, mixer_depth=config.mixer_depth,
-                               align_depth=2 * (config.align_coeff > 0)))
+    sit = trained_looking(
+        tiny(
+            class_token=config.class_token,
+            mixer_depth=config.mixer_depth,
+            align_depth=2 * (config.align_coeff > 0),
+        )
+    )
     x, _, y, _ = batch()
     losses = training_losses(sit, x, y, None if method == "sit" else torch.randn(3, 17, 16), config)
     assert {name for name, value in losses.items() if value != 0} == parts | {"loss"}
     losses["loss"].backward()
     unused = [name for name, p in sit.named_parameters() if p.requires_grad and p.grad is None]
-    assert not unused                                  # DDP would stop at a weight without gradient
+    assert not unused  # DDP would stop at a weight without gradient
 
 
 def test_losses_are_float32_under_bfloat16():
     sit, (x, _, y, _) = trained_looking(tiny()).bfloat16(), batch()
-    losses = training_losses(lambda x, t, y, cls, keep: sit(x.bfloat16(), t, y, cls.bfloat16(), keep),
-                             x, y, torch.randn(3, 17, 16).bfloat16(), CONFIG)
+    losses = training_losses(
+        lambda x, t, y, cls, keep: sit(x.bfloat16(), t, y, cls.bfloat16(), keep),
+        x,
+        y,
+        torch.randn(3, 17, 16).bfloat16(),
+        CONFIG,
+    )
     assert all(value.dtype == torch.float32 for value in losses.values())
 
 

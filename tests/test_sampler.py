@@ -1,4 +1,5 @@
 """The samplers are the official ones, and exact where the answer is known."""
+
 import math
 
 import pytest
@@ -21,14 +22,26 @@ def replay(monkeypatch, noises):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_samples_equal_the_official_ones(case, dtype, monkeypatch):
     sit, x = model(case, dtype), inputs(case, dtype)
-    noises = [x[f"{name}.{i}"] for i in range(case["num_steps"] - 1) for name in ("eps", "cls_eps")
-              if f"{name}.{i}" in x]                            # the order: latent, class token
+    noises = [
+        x[f"{name}.{i}"]
+        for i in range(case["num_steps"] - 1)
+        for name in ("eps", "cls_eps")
+        if f"{name}.{i}" in x
+    ]  # the order: latent, class token
     left = replay(monkeypatch, noises)
     sampler = euler_maruyama if "sde" in case["id"] else euler_ode
     calls = []
-    sit.register_forward_hook(lambda module, args, out: calls.append([len(args[0]), args[1][0].item()]))
-    samples = sampler(sit, x["latents"], x["y"], x.get("cls_latents"), num_steps=case["num_steps"],
-                      **case["sampler_args"])
+    sit.register_forward_hook(
+        lambda module, args, out: calls.append([len(args[0]), args[1][0].item()])
+    )
+    samples = sampler(
+        sit,
+        x["latents"],
+        x["y"],
+        x.get("cls_latents"),
+        num_steps=case["num_steps"],
+        **case["sampler_args"],
+    )
     assert samples.dtype == dtype and not left
     assert_golden(samples, case, "samples")
     assert [n for n, _ in calls] == [n for n, _ in case["model_calls"]]
@@ -37,43 +50,55 @@ def test_samples_equal_the_official_ones(case, dtype, monkeypatch):
 
 class PointData:
     """The exact velocity field where the data is one point: v = (x - point) / t."""
+
     patch_size, num_classes, point = 2, 10, 0.7
 
     def __call__(self, x, t, y, cls=None):
         v = (x - self.point) / t.view(-1, 1, 1, 1)
-        return SiTOutput(patchify(v, 2), None if cls is None else (cls - self.point) / t[:, None], None)
+        return SiTOutput(
+            patchify(v, 2), None if cls is None else (cls - self.point) / t[:, None], None
+        )
 
 
 @pytest.mark.parametrize("heun", [False, True])
 @pytest.mark.parametrize("num_steps", [1, 4, 25])
 def test_ode_reaches_a_single_data_point_exactly(num_steps, heun):
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    out = euler_ode(PointData(), x, torch.zeros(2).long(), torch.randn(2, 16).double(),
-                    num_steps=num_steps, heun=heun)
+    out = euler_ode(
+        PointData(),
+        x,
+        torch.zeros(2).long(),
+        torch.randn(2, 16).double(),
+        num_steps=num_steps,
+        heun=heun,
+    )
     torch.testing.assert_close(out, torch.full_like(x, 0.7), rtol=0, atol=1e-12)
 
 
 def test_sde_ends_at_a_single_data_point():
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     out = euler_maruyama(PointData(), x, torch.zeros(2).long(), num_steps=250)
-    assert (out - 0.7).abs().max() < 0.2 and (out - 0.7).std() < 0.05     # the last step is 0.04 wide
+    assert (out - 0.7).abs().max() < 0.2 and (out - 0.7).std() < 0.05  # the last step is 0.04 wide
 
 
 class GaussianData:
     """The exact velocity field where the data is normal with the given mean and spread."""
+
     patch_size, num_classes, mean, std = 2, 10, 1.5, 0.5
 
     def __call__(self, x, t, y, cls=None):
         t = t.view(-1, 1, 1, 1)
-        variance = (1 - t) ** 2 * self.std ** 2 + t ** 2
-        gain = (t - (1 - t) * self.std ** 2) / variance
+        variance = (1 - t) ** 2 * self.std**2 + t**2
+        gain = (t - (1 - t) * self.std**2) / variance
         return SiTOutput(patchify(gain * (x - (1 - t) * self.mean) - self.mean, 2), None, None)
 
 
 @pytest.mark.parametrize("sampler", [euler_maruyama, euler_ode])
 def test_samples_of_gaussian_data_have_its_mean_and_spread(sampler):
     torch.manual_seed(0)
-    x = sampler(GaussianData(), torch.randn(64, 4, 16, 16).double(), torch.zeros(64).long(), num_steps=250)
+    x = sampler(
+        GaussianData(), torch.randn(64, 4, 16, 16).double(), torch.zeros(64).long(), num_steps=250
+    )
     assert x.mean().item() == pytest.approx(1.5, abs=0.01)
     assert x.std().item() == pytest.approx(0.5, abs=0.02)
 
@@ -92,7 +117,7 @@ def test_sde_adds_no_noise_in_its_last_step(monkeypatch):
     noises = [torch.zeros(1)] * 9
     left = replay(monkeypatch, noises)
     euler_maruyama(PointData(), torch.randn(1, 4, 8, 8), torch.zeros(1).long(), num_steps=10)
-    assert not left                                             # 10 steps, 9 of them noisy
+    assert not left  # 10 steps, 9 of them noisy
 
 
 def test_drift_is_the_one_of_the_reverse_sde(monkeypatch):
@@ -116,23 +141,28 @@ def test_no_guidance_needs_one_forward_and_guidance_two_halves():
     x, y, cls = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 16)
     euler_ode(sit, x, y, cls, num_steps=4, cfg_scale=1.0)
     euler_ode(sit, x, y, cls, num_steps=4, cfg_scale=2.0, guidance_low=0.5, guidance_high=0.75)
-    assert sizes == [2, 2, 2, 2, 2, 4, 4, 2]                    # both bounds are inside
+    assert sizes == [2, 2, 2, 2, 2, 4, 4, 2]  # both bounds are inside
 
 
 def test_class_token_guidance_defaults_to_that_of_the_image():
     sit, x, y = trained_looking(tiny()), torch.randn(2, 4, 8, 8).double(), torch.tensor([1, 2])
     sit, cls = sit.double(), torch.randn(2, 16).double()
-    default, same, none = (euler_ode(sit, x, y, cls, num_steps=4, cfg_scale=2.0, cls_cfg_scale=w)
-                           for w in (None, 2.0, 0.0))
+    default, same, none = (
+        euler_ode(sit, x, y, cls, num_steps=4, cfg_scale=2.0, cls_cfg_scale=w)
+        for w in (None, 2.0, 0.0)
+    )
     assert torch.equal(default, same) and not torch.allclose(default, none)
 
 
 def test_state_is_kept_in_float64_between_steps():
     """A float32 state would lose the steps of size 1e-9 that this field takes."""
+
     class Slow(PointData):
         def __call__(self, x, t, y, cls=None):
             assert x.dtype == torch.float32
             return SiTOutput(patchify(torch.full_like(x, 1e-6), 2), None, None)
 
     out = euler_ode(Slow(), torch.ones(1, 4, 8, 8), torch.zeros(1).long(), num_steps=1000)
-    assert out.flatten()[0].item() == pytest.approx(1 - 1e-6, abs=6e-8) and math.isclose(out.std(), 0)
+    assert out.flatten()[0].item() == pytest.approx(1 - 1e-6, abs=6e-8) and math.isclose(
+        out.std(), 0
+    )

@@ -1,4 +1,5 @@
-"""The loop: it runs as typed, resumes to the bit, and does not depend on the number of processes."""
+"""The loop: it runs as typed, resumes to the bit, and is the same for 1 or 2 processes."""
+
 import json
 import os
 import subprocess
@@ -15,17 +16,42 @@ import maskalign
 from maskalign import METHODS, BadInput, build_model, euler_ode, index_batches, make_config, train
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(steps=6, batch_size=8, hidden_size=32, num_heads=2, depth=3, align_depth=2, projector_dim=16,
-            teacher_steps=3, preview_steps=2, log_every=2, save_every=3, sample_every=100)
+TINY = dict(
+    steps=6,
+    batch_size=8,
+    hidden_size=32,
+    num_heads=2,
+    depth=3,
+    align_depth=2,
+    projector_dim=16,
+    teacher_steps=3,
+    preview_steps=2,
+    log_every=2,
+    save_every=3,
+    sample_every=100,
+)
 
 
 def launch(*argv, processes=0, check=True):
     """maskalign.py as a user starts it: by torchrun for processes > 0, else by python."""
-    start = [sys.executable] if not processes else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = (
+        [sys.executable]
+        if not processes
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    )
     flags = [f"--{name}={value}" for name, value in TINY.items()]
-    done = subprocess.run([*start, str(ROOT / "maskalign.py"), *flags, *map(str, argv)],
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*start, str(ROOT / "maskalign.py"), *flags, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -60,11 +86,18 @@ def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path):
     assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2 + 80, 8 * 98 + 2)
     lines = log(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert {"loss", "denoise", "cls", "align", "align_full", "grad_norm", "images_per_s"} < set(lines[0])
+    assert {"loss", "denoise", "cls", "align", "align_full", "grad_norm", "images_per_s"} < set(
+        lines[0]
+    )
     again = launch("--out", tmp_path, processes=1)
     assert "finished: raise --steps" in again.stdout and len(log(tmp_path)) == 3
     more = launch("--out", tmp_path, "--steps", 8)
-    assert "steps 6 to 8" in more.stdout and [line["step"] for line in log(tmp_path)] == [2, 4, 6, 8]
+    assert "steps 6 to 8" in more.stdout and [line["step"] for line in log(tmp_path)] == [
+        2,
+        4,
+        6,
+        8,
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,8 +111,10 @@ def test_every_method_trains_and_its_ema_follows(method, tmp_path):
         moved = not torch.equal(fresh[name], state["model"][name])
         assert moved != (name == "pos_embed"), name
         if moved and name != "y_embedder.embedding_table.weight":
-            between = (state["ema"][name] - fresh[name]).norm() / (state["model"][name] - fresh[name]).norm()
-            assert 0 < between < 0.2, name                     # decay 0.99, six steps
+            between = (state["ema"][name] - fresh[name]).norm() / (
+                state["model"][name] - fresh[name]
+            ).norm()
+            assert 0 < between < 0.2, name  # decay 0.99, six steps
 
 
 def test_ema_keeps_no_graph(tmp_path, monkeypatch):
@@ -118,7 +153,7 @@ def test_interrupted_run_ends_bit_equal(tmp_path, monkeypatch):
         train(config)
     assert checkpoint(tmp_path / "cut")["step"] == 3
     with open(tmp_path / "cut" / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')      # written past the checkpoint
+        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')  # written past the checkpoint
     train(config)
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     for name in ("model", "ema", "optimizer", "step"):
@@ -164,8 +199,10 @@ def test_two_processes_follow_one(tmp_path):
         for name in ("model", "ema"):
             assert_same(one[name], state[name], rtol=1e-3, atol=2e-5)
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / other), strict=True):
-            assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4) for key in
-                       ("loss", "denoise", "cls", "align", "align_full", "grad_norm"))
+            assert all(
+                a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
+                for key in ("loss", "denoise", "cls", "align", "align_full", "grad_norm")
+            )
 
 
 def test_another_seed_is_another_trajectory(tmp_path):
@@ -176,8 +213,12 @@ def test_another_seed_is_another_trajectory(tmp_path):
 
 
 def test_training_lowers_every_loss(tmp_path):
-    train(make_config(out=str(tmp_path), **{**TINY, "steps": 60, "log_every": 20, "teacher_steps": 60,
-                                            "batch_size": 16}))
+    train(
+        make_config(
+            out=str(tmp_path),
+            **{**TINY, "steps": 60, "log_every": 20, "teacher_steps": 60, "batch_size": 16},
+        )
+    )
     first, *_, last = log(tmp_path)
     assert all(last[name] < first[name] for name in ("loss", "denoise", "align", "align_full"))
 
@@ -193,35 +234,57 @@ def test_full_token_alignment_compares_masked_and_unmasked_runs(tmp_path):
 
 
 def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly(tmp_path):
-    """The ImageNet path, small: true file formats, made-up values, latents prepared by two processes."""
+    """The ImageNet path, small: true file formats, made-up values, two processes prepare."""
     folder = make_folder(tmp_path / "data", per_class=5, size=(70, 50))
     for name, case in (("vae", "vae/sd_vae"), ("dino", "dinov2/vit_s14_224")):
         torch.save(weights(CASES[case], torch.float32), tmp_path / f"{name}.pth")
-    flags = [f"--data={folder}", f"--vae_weights={tmp_path}/vae.pth", "--image_size=32", "--workers=1",
-             "--teacher=vit_small_patch14_dinov2.lvd142m", f"--teacher_weights={tmp_path}/dino.pth",
-             "--batch_size=4", "--steps=2"]
+    flags = [
+        f"--data={folder}",
+        f"--vae_weights={tmp_path}/vae.pth",
+        "--image_size=32",
+        "--workers=1",
+        "--teacher=vit_small_patch14_dinov2.lvd142m",
+        f"--teacher_weights={tmp_path}/dino.pth",
+        "--batch_size=4",
+        "--steps=2",
+    ]
     launch(*flags, f"--out={tmp_path}/direct")
     launch(*flags, "--prepare", processes=2)
     cached = launch(*flags, f"--out={tmp_path}/cached")
     assert "(latents cached)" in cached.stdout
     direct, cached = (checkpoint(tmp_path / name) for name in ("direct", "cached"))
     assert direct["config"]["class_names"] == ("cat", "dog") and direct["config"]["z_dim"] == 384
-    assert_same(direct["model"], cached["model"], rtol=1e-2, atol=1e-3)              # float16 latents
+    assert_same(direct["model"], cached["model"], rtol=1e-2, atol=1e-3)  # float16 latents
     assert (tmp_path / "cached" / "samples-0000002.png").exists()
 
 
 def test_pixel_space_folder_trains_with_its_own_classifier(tmp_path):
     folder = make_folder(tmp_path / "data")
-    train(make_config(data=folder, vae="none", teacher="classifier", image_size=16, workers=0,
-                      out=str(tmp_path / "out"), **TINY))
+    train(
+        make_config(
+            data=folder,
+            vae="none",
+            teacher="classifier",
+            image_size=16,
+            workers=0,
+            out=str(tmp_path / "out"),
+            **TINY,
+        )
+    )
     assert checkpoint(tmp_path / "out")["config"]["class_names"] == ("cat", "dog")
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--data", "nowhere"], "--data nowhere must hold images as class"),
-    (["--batch_size", "9", "--accum", "2"], "batch_size is 9: it must be a multiple of 1 processes x accum 2"),
-    (["--method", "mae"], "unknown method 'mae': choose from sit, repa, reg, maskalign"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--data", "nowhere"], "--data nowhere must hold images as class"),
+        (
+            ["--batch_size", "9", "--accum", "2"],
+            "batch_size is 9: it must be a multiple of 1 processes x accum 2",
+        ),
+        (["--method", "mae"], "unknown method 'mae': choose from sit, repa, reg, maskalign"),
+    ],
+)
 def test_bad_input_ends_the_program_with_one_sentence(argv, message, tmp_path):
     done = launch(*argv, "--out", tmp_path / "out", check=False)
     assert done.returncode == 1 and done.stderr.startswith(f"maskalign.py: {message}")
@@ -232,8 +295,16 @@ def test_an_unreadable_image_in_a_worker_ends_with_its_name(tmp_path):
     folder = make_folder(tmp_path / "data", per_class=5)
     broken = tmp_path / "data" / "cat" / "2.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    done = launch(f"--data={folder}", "--vae=none", "--teacher=classifier", "--image_size=16", "--method=sit",
-                  "--workers=1", f"--out={tmp_path}/out", check=False)
+    done = launch(
+        f"--data={folder}",
+        "--vae=none",
+        "--teacher=classifier",
+        "--image_size=16",
+        "--method=sit",
+        "--workers=1",
+        f"--out={tmp_path}/out",
+        check=False,
+    )
     assert done.returncode == 1 and "cat/2.png is no readable image" in done.stderr.splitlines()[-1]
 
 
@@ -252,7 +323,12 @@ def test_the_models_of_a_run_can_be_rebuilt_from_its_checkpoint_alone(tmp_path):
     config = maskalign.Config(**state["config"])
     model = build_model(config)
     model.load_state_dict(state["ema"])
-    x = euler_ode(model.eval(), torch.randn(2, *config.latent_shape), torch.tensor([0, 7]),
-                  torch.randn(2, config.z_dim), num_steps=2)
+    x = euler_ode(
+        model.eval(),
+        torch.randn(2, *config.latent_shape),
+        torch.tensor([0, 7]),
+        torch.randn(2, config.z_dim),
+        num_steps=2,
+    )
     assert x.shape == (2, 3, 24, 24) and torch.isfinite(x).all()
     assert list(index_batches(8192, config, 1, 0, 1)) == []

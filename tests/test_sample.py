@@ -1,0 +1,350 @@
+"""sample.py: bytes that depend on (seed, index) alone, runs that go on, and published weights."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import CASES, assert_golden, ids, inputs, weights
+from PIL import Image
+from test_sampler import replay
+from test_training import TINY
+
+import maskalign
+import sample
+from maskalign import BadInput, build_model, euler_maruyama, euler_ode, make_config, patchify
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny run of ours: weights with values, as after training, and class names."""
+    config = make_config(
+        **{**TINY, "out": "x"}, num_classes=8, z_dim=64, class_names=tuple(maskalign.SHAPES)
+    )
+    model, path = build_model(config), tmp_path_factory.mktemp("run") / "latest.pt"
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: 0.2 * torch.randn(p.shape, generator=generator)
+        for name, p in model.state_dict().items()
+    }
+    raw = {name: value + 0.05 for name, value in state.items()}
+    torch.save(
+        dict(model=raw, ema=state, step=1, config=maskalign.dataclasses.asdict(config)), path
+    )
+    return path
+
+
+def run(checkpoint, *argv):
+    return sample.run(sample.parse_args([str(checkpoint), "--steps=2", *map(str, argv)]))
+
+
+def images_of(path):
+    with np.load(path) as data:
+        return data["arr_0"]
+
+
+def test_a_bare_checkpoint_gives_a_labelled_grid(checkpoint, capsys):
+    path = run(checkpoint)
+    assert path == checkpoint.with_name("grid.png") and str(path) in capsys.readouterr().out
+    assert Image.open(path).size == (8 * 98 + 2 + 80, 8 * 98 + 2)
+
+
+def test_classes_are_chosen_by_number_or_name(checkpoint, tmp_path):
+    one = run(checkpoint, "--classes=7,star", "--per_class=3", f"--out={tmp_path}/a.png")
+    two = run(checkpoint, "--classes=heart, 3", "--per_class=3", f"--out={tmp_path}/b.png")
+    assert Image.open(one).size == (3 * 98 + 2 + 80, 2 * 98 + 2)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_trajectory_starts_with_noise_and_ends_with_the_image(checkpoint, tmp_path):
+    film = run(
+        checkpoint, "--trajectory", "--classes=0,1", "--steps=9", f"--out={tmp_path}/film.png"
+    )
+    grid = run(
+        checkpoint, "--classes=0,1", "--per_class=1", "--steps=9", f"--out={tmp_path}/grid.png"
+    )
+    pixels, last = np.array(Image.open(film)), np.array(Image.open(grid))
+    assert pixels.shape == (2 * 98 + 2, 9 * 98 + 2 + 80, 3)
+    assert np.array_equal(pixels[:98, 82 + 8 * 98 : 82 + 8 * 98 + 96], last[:98, 82 : 82 + 96])
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode", "heun"])
+def test_bytes_do_not_depend_on_the_batch_size(checkpoint, tmp_path, sampler):
+    options = ["--num=21", f"--sampler={sampler}", "--cfg_scale=2"]
+    files = [
+        run(checkpoint, *options, f"--batch_size={size}", f"--out={tmp_path}/{size}.npz")
+        for size in (1, 8, 16, 64)
+    ]
+    first, *others = map(images_of, files)
+    assert first.shape == (21, 24, 24, 3) and first.dtype == np.uint8 and len(np.unique(first)) > 50
+    assert all(np.array_equal(first, other) for other in others)
+
+
+def test_bytes_do_not_depend_on_how_many_are_asked_for(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "SHARD", 5)  # shards that cut through groups
+    many = images_of(run(checkpoint, "--num=19", f"--out={tmp_path}/many.npz"))
+    monkeypatch.setattr(sample, "SHARD", 256)
+    few = images_of(run(checkpoint, "--num=11", f"--out={tmp_path}/few.npz"))
+    assert np.array_equal(many[:11], few)
+    other = images_of(run(checkpoint, "--num=11", "--seed=1", f"--out={tmp_path}/other.npz"))
+    assert not np.array_equal(few, other)
+
+
+def test_two_processes_write_the_bytes_of_one(checkpoint, tmp_path):
+    one = run(checkpoint, "--num=300", f"--out={tmp_path}/one.npz")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "sample.py"),
+        str(checkpoint),
+        "--steps=2",
+        "--num_images=300",
+        f"--out={tmp_path}/two.npz",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert np.array_equal(images_of(one), images_of(tmp_path / "two.npz"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "one.json",
+        "one.npz",
+        "two.json",
+        "two.npz",
+    ]
+
+
+def test_a_killed_run_goes_on_without_doing_finished_shards_again(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sample, "SHARD", 8)
+    whole = images_of(run(checkpoint, "--num=24", f"--out={tmp_path}/whole.npz"))
+    calls, work = [], sample.in_batches
+
+    def count(*args):
+        calls.append(args[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(*args)
+
+    monkeypatch.setattr(sample, "in_batches", count)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, "--num=24", f"--out={tmp_path}/cut.npz")
+    assert not (tmp_path / "cut.npz").exists()
+    assert np.array_equal(
+        images_of(run(checkpoint, "--num=24", f"--out={tmp_path}/cut.npz")), whole
+    )
+    assert calls == [0, 8, 8, 16] and not (tmp_path / "cut.npz.parts").exists()
+
+
+def test_shards_of_other_settings_are_not_mixed_in(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sample.zipfile, "ZipFile", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
+    with pytest.raises(BadInput, match="x.npz.parts holds images of other settings: delete it, or"):
+        run(checkpoint, "--num=8", "--cfg_scale=3", f"--out={tmp_path}/x.npz")
+
+
+def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_path):
+    seen, sampler = [], sample.SAMPLERS["sde"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            sample.SAMPLERS,
+            "sde",
+            lambda m, x, y, *a, **k: seen.append(y.tolist()) or sampler(m, x, y, *a, **k),
+        )
+        run(checkpoint, "--num=64", f"--out={tmp_path}/a.npz")
+        run(checkpoint, "--num=64", "--labels=balanced", f"--out={tmp_path}/b.npz")
+    random, balanced = seen
+    assert balanced == [i % 8 for i in range(64)]
+    assert set(random) == set(range(8)) and random != balanced
+
+
+def test_png_files_hold_the_same_images_as_the_npz(checkpoint, tmp_path):
+    images = images_of(run(checkpoint, "--num=10", f"--out={tmp_path}/x.npz"))
+    folder = run(checkpoint, "--num=10", f"--png={tmp_path}/png")
+    files = sorted(folder.glob("*.png"))
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
+    assert all(
+        np.array_equal(np.array(Image.open(file)), image) for file, image in zip(files, images)
+    )
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["samples.json"]
+
+
+def test_the_protocol_is_printed_and_stored(checkpoint, tmp_path, capsys):
+    run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert stored["sampler"] == "sde" and stored["cfg_scale"] == 1.0 and stored["weights"] == "ema"
+    assert stored["precision"] == "float32" and len(stored["checkpoint"]) == 16
+    shown = capsys.readouterr().out
+    assert all(f"{name} {value}" in shown for name, value in stored.items())
+
+
+def test_presets_are_those_of_the_help_and_typed_flags_win():
+    grid, fid = sample.parse_args(["x"]), sample.parse_args(["x", "--num=9"])
+    assert (grid.sampler, grid.steps, grid.cfg_scale) == ("ode", 25, 2.0)
+    assert (fid.sampler, fid.steps, fid.cfg_scale) == ("sde", 250, 1.0)  # as the papers
+    assert (fid.guidance_low, fid.guidance_high, fid.labels) == (0.0, 1.0, "random")
+    assert sample.parse_args(["x", "--sampler=heun", "--steps=7"]).steps == 7
+
+
+def test_ema_weights_are_the_default_and_raw_ones_on_request(checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)
+    for raw, kind in ((False, "ema"), (True, "model")):
+        model, _ = sample.load_checkpoint(str(checkpoint), raw)
+        assert all(
+            torch.equal(value, saved[kind][name]) for name, value in model.state_dict().items()
+        )
+
+
+def published(case, path, wrap=True):
+    """A file as REPA's and REG's trainers write it: ema, and a pickled argparse.Namespace."""
+    state = weights(case)
+    torch.save(
+        (
+            dict(
+                ema={f"module.{k}": v for k, v in state.items()},
+                opt={},
+                steps=1,
+                args=argparse.Namespace(model="SiT"),
+            )
+            if wrap
+            else state
+        ),
+        path,
+    )
+    return path
+
+
+@ids("sampler/", without=["_10"])
+@pytest.mark.parametrize("wrap", [True, False], ids=["trainer_file", "bare"])
+def test_published_weights_give_the_official_samples_through_the_loader(
+    case, wrap, tmp_path, monkeypatch
+):
+    path = published(case, tmp_path / "repa.pt", wrap)
+    model, config = sample.load_checkpoint(path, num_heads=6)
+    model, x = model.double(), inputs(case)
+    noises = [
+        x[f"{name}.{i}"]
+        for i in range(case["num_steps"] - 1)
+        for name in ("eps", "cls_eps")
+        if f"{name}.{i}" in x
+    ]
+    replay(monkeypatch, noises)
+    sampler = euler_maruyama if "sde" in case["id"] else euler_ode
+    samples = sampler(
+        model,
+        x["latents"],
+        x["y"],
+        x.get("cls_latents"),
+        num_steps=case["num_steps"],
+        **case["sampler_args"],
+    )
+    assert_golden(samples, case, "samples")
+    assert (config.num_classes, config.depth, config.image_size) == (1000, 2, 64)
+    assert config.class_token == ("reg" in case["id"]) and config.z_dim == 48
+
+
+def test_the_original_sit_runs_in_our_time_through_the_loader(tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]
+    torch.save(weights(case), tmp_path / "sit.pt")
+    model, config = sample.load_checkpoint(tmp_path / "sit.pt", num_heads=6)
+    x = inputs(case)
+    v = model.double()(x["x"], 1 - x["t"], x["y"]).v
+    gold, found = case["outputs"]["velocity"], -maskalign.unpatchify(v, 2)
+    assert found.shape == tuple(gold["shape"]) and config.align_coeff == 0.0
+    values = found.flatten()[gold["idx"]]
+    torch.testing.assert_close(
+        values, torch.tensor(gold["val"], dtype=torch.float64), rtol=0, atol=2e-6
+    )
+    assert patchify(found, 2).shape == v.shape
+
+
+def test_published_sizes_are_recognised_by_their_shapes(tmp_path):
+    config = make_config(data="x", size="SiT-S/2", method="maskalign", num_classes=10)
+    torch.save(build_model(config).state_dict(), tmp_path / "bare.pt")
+    _, found = sample.load_checkpoint(tmp_path / "bare.pt")
+    same = (
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "patch_size",
+        "align_depth",
+        "mixer_depth",
+        "class_token",
+        "num_classes",
+        "z_dim",
+        "projector_dim",
+        "image_size",
+        "vae",
+    )
+    assert all(getattr(found, name) == getattr(config, name) for name in same)
+
+
+def test_repas_first_files_number_the_later_blocks_anew():
+    old = {"blocks.0.a": 0, "blocks.1.a": 1, "decoder_blocks.0.a": 2, "decoder_blocks.1.a": 3}
+    assert sample.merge_halves(old) == {f"blocks.{i}.a": i for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"weight": torch.zeros(2)}, "holds no checkpoint of SiT, REPA or REG"),
+        ([1, 2], "is no checkpoint: it holds a list"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_one_sentence(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match=message) as caught:
+        sample.load_checkpoint(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--classes=9"], "unknown class '9': choose from 0 to 7 or disc, square"),
+        (["--classes=dog"], "unknown class 'dog'"),
+        (["--steps=0"], "steps is 0"),
+        (["--png=x"], "png is x: it must be used with --num"),
+        (["--num=-1"], "num is -1"),
+    ],
+)
+def test_bad_input_is_one_sentence(checkpoint, argv, message):
+    with pytest.raises(BadInput, match=message):
+        run(checkpoint, *argv)
+
+
+def test_a_full_disk_is_one_sentence_and_finished_shards_stay(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sample, "SHARD", 8)
+    save, saved = np.save, []
+
+    def disk_full(file, images):
+        saved.append(1)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        save(file, images)
+
+    monkeypatch.setattr(sample.np, "save", disk_full)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["sample.py", str(checkpoint), "--num=24", "--steps=2", f"--out={tmp_path}/x.npz"],
+    )
+    with pytest.raises(
+        SystemExit, match="cannot write: .*No space left on device; finished shards stay"
+    ):
+        sample.main()
+    assert (tmp_path / "x.npz.parts" / "000000.npy").exists()
+    sample.main()
+    assert len(images_of(tmp_path / "x.npz")) == 24
