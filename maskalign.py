@@ -886,13 +886,13 @@ def train(config: Config) -> None:
             preview(ema, vae, config, picture := out / f"samples-{done:07d}.png", device)
             tqdm.write(f"samples: {picture}")
         tick += time.time() - pause                 # the rate is that of the steps alone
-    if world_size > 1:
-        dist.destroy_process_group()
 
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
     try:
         train(parse_config())
+        if dist.is_initialized():    # not within train: gloo can hang while its DDP is still alive
+            dist.destroy_process_group()
     except BadInput as error:
         sys.exit(f"maskalign.py: {str(error).strip().splitlines()[-1]}")
 

@@ -219,7 +219,7 @@ def draw_trajectory(model, vae, config, classes: list, args) -> Path:
 
 
 def write_many(model, vae, config, args, protocol: dict, rank: int, world_size: int) -> Path:
-    """--num images as an ADM npz (arr_0, uint8 NHWC; arr_1 labels if balanced) or as PNG files.
+    """--num images as an ADM npz (arr_0, uint8 NHWC) or as PNG files; returns the path.
 
     Works in shards: a shard that is finished is a file, and a run that was killed goes on with the
     next one. The npz is joined from them as a stream, so that memory stays flat."""
