@@ -18,7 +18,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -46,15 +48,18 @@ def load_checkpoint(path: str, raw: bool = False, num_heads: int = 0) -> tuple[S
     """The network of a checkpoint, in eval mode, and its config.
 
     raw: the trained weights in place of their average (EMA). num_heads is only needed for a
-    published file of none of our SIZES: shapes do not tell it. Raises BadInput for other files."""
+    published file of none of our SIZES: shapes do not tell it. Raises BadInput for other files
+    (but a DiT has the same shapes as the original SiT: it would load and give noise)."""
     # REPA's and REG's files carry their command line as argparse.Namespace, a plain container.
     with torch.serialization.safe_globals([argparse.Namespace]):
         saved = read_weights(str(path))
-    if not isinstance(saved, dict):
-        raise BadInput(f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     kind = "model" if raw else "ema"
-    state = from_official(saved.get(kind, saved))
-    if isinstance(saved.get("config"), dict):
+    wrapped = isinstance(saved, dict) and not {"ema", "model"}.isdisjoint(saved)
+    state = saved.get(kind) if wrapped else saved
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise BadInput(f"{path} holds no state dict{f' called {kind}' if wrapped else ''}")
+    state = from_official(state)
+    if wrapped and isinstance(saved.get("config"), dict):
         known = {field.name for field in dataclasses.fields(Config)}
         config = Config(**{name: v for name, v in saved["config"].items() if name in known})
     else:
@@ -79,7 +84,7 @@ def from_published(state: dict, path: str, num_heads: int = 0) -> tuple[dict, Co
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         mixers = {key.split(".")[1] for key in state if key.startswith("mixer.")}
         out_dim = len(state["final_layer.linear.weight"])
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise BadInput(f"{path} holds no checkpoint of SiT, REPA or REG ({error})") from error
     size = next((row for row in SIZES.values()
                  if (row["hidden_size"], row["depth"]) == (dim, depth)), {})
@@ -189,6 +194,7 @@ def in_batches(model, vae, config, first: int, last: int, labels, args) -> np.nd
 def draw_grid(model, vae, config, classes: list, args) -> Path:
     """One row of --per_class images for each class."""
     path = Path(args.out or Path(args.checkpoint).with_name("grid.png"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     images = in_batches(model, vae, config, 0, len(classes) * args.per_class,
                         lambda i: classes[min(i // args.per_class, len(classes) - 1)], args)
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -203,13 +209,12 @@ def draw_trajectory(model, vae, config, classes: list, args) -> Path:
     def record(module, inputs):
         states.append(inputs[0][:GROUP].float())
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     hook = model.register_forward_pre_hook(record)
     classes = classes[:GROUP]
     padded = classes + classes[-1:] * (GROUP - len(classes))
     final = sample_images(model, vae, config, list(range(GROUP)), padded, args)
     hook.remove()
-    if not states:
-        raise BadInput("--trajectory needs at least one step")
     kept = [states[round(i)] for i in np.linspace(0, len(states) - 1, 8)]
     frames = [decode_latents(vae, state) for state in kept]
     frames.append(torch.from_numpy(final).permute(0, 3, 1, 2).to(frames[0].device))
@@ -225,45 +230,51 @@ def write_many(model, vae, config, args, protocol: dict, rank: int, world_size: 
     next one. The npz is joined from them as a stream, so that memory stays flat."""
     out, size = Path(args.png or args.out), config.image_size
     work = out if args.png else Path(f"{out}.parts")
-    work.mkdir(parents=True, exist_ok=True)
-    settings = work / "protocol.json"
-    if settings.exists() and json.loads(settings.read_text()) != protocol:
-        raise BadInput(f"{work} holds images of other settings: delete it, or name another --out")
-    if rank == 0 and not settings.exists():
-        settings.write_text(json.dumps(protocol))
+    settings, record = work / "protocol.json", (out / "samples.json" if args.png
+                                                else out.with_suffix(".json"))
+    shards = [work / f"{k:06d}.npy" for k in range(-(-args.num // SHARD))]
+    if out.exists() and record.exists() and json.loads(record.read_text()) == protocol:
+        return out                                      # finished before
+    if rank == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        for file in (settings, record) if args.png else (settings,):
+            if file.exists() and json.loads(file.read_text()) != protocol:
+                raise BadInput(f"{work} holds images of other settings: delete it, or name another")
+        Path(f"{settings}.tmp").write_text(json.dumps(protocol))
+        os.replace(f"{settings}.tmp", settings)
+    if world_size > 1:
+        dist.barrier()
+    missing = [k for k, shard in enumerate(shards) if not shard.exists()]
+    if world_size > 1:    # only now: else a fast rank's first shard would shift another's share
+        dist.barrier()
     labels = (lambda i: i % config.num_classes) if args.labels == "balanced" else (lambda i: -1)
-    shards = range(-(-args.num // SHARD))
-    for k in tqdm(shards[rank::world_size], f"shards of {SHARD}", disable=rank > 0):
+    for k in tqdm(missing[rank::world_size], f"shards of {SHARD}", disable=rank > 0):
         first, last = k * SHARD, min((k + 1) * SHARD, args.num)
-        done = work / f"{k:06d}.npy"
-        if done.exists():
-            continue
         images = in_batches(model, vae, config, first, last, labels, args)
         if args.png:
             for i, image in enumerate(images, start=first):
                 Image.fromarray(image).save(work / f"{i:06d}.png")
             images = images[:0]                         # the mark of a finished shard
-        with open(f"{done}.tmp", "wb") as file:
+        with open(f"{shards[k]}.tmp", "wb") as file:
             np.save(file, images)
-        os.replace(f"{done}.tmp", done)
-    if world_size > 1:
-        dist.barrier()
-    if rank == 0:
-        if not args.png:
-            with zipfile.ZipFile(f"{out}.tmp", "w") as archive, \
-                    archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = dict(descr="|u1", fortran_order=False, shape=(args.num, size, size, 3))
-                np.lib.format.write_array_header_1_0(file, header)
-                for k in shards:
-                    file.write(np.load(work / f"{k:06d}.npy").tobytes())
-            os.replace(f"{out}.tmp", out)
-        for k in shards:
-            (work / f"{k:06d}.npy").unlink()
-        settings.unlink()
-        if not args.png:
-            work.rmdir()
-        (out / "samples.json" if args.png else out.with_suffix(".json")).write_text(
-            json.dumps(protocol, indent=1))
+        os.replace(f"{shards[k]}.tmp", shards[k])
+    if rank > 0:
+        return out
+    while not all(shard.exists() for shard in shards):  # a barrier would time out after minutes
+        time.sleep(1)
+    record.write_text(json.dumps(protocol, indent=1))
+    if args.png:
+        for file in (settings, *shards):
+            file.unlink()
+        return out
+    with zipfile.ZipFile(f"{out}.tmp", "w") as archive, \
+            archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        header = dict(descr="|u1", fortran_order=False, shape=(args.num, size, size, 3))
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in shards:
+            file.write(np.load(shard).tobytes())
+    os.replace(f"{out}.tmp", out)
+    shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -293,8 +304,8 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     add("checkpoint", help="latest.pt of a run, or a published file")
     add("--classes", default="", help="numbers or names, with commas between [8 of all]")
     add("--per_class", type=int, default=8, help="images per row of the grid [8]")
-    # torchrun of Python < 3.12 takes --num for its own --numa-binding: there, type --num_images.
-    add("--num", "--num_images", type=int, default=0, help="write this many images, no grid")
+    add("--num", "--num_images", type=int, default=0, help="write this many images, no grid "
+        "(under torchrun type --num_images: older Pythons take --num for its --numa-binding)")
     add("--out", default="", help="file to write [grid.png beside the checkpoint, or samples.npz]")
     add("--png", default="", metavar="DIR", help="with --num: PNG files in DIR instead of an npz")
     add("--labels", choices=["random", "balanced"], default="random", help="with --num [random]")
@@ -302,7 +313,7 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     add("--sampler", choices=SAMPLERS, help="[grid: ode, --num: sde]")
     add("--steps", type=int, help="steps of the sampler [grid: 25, --num: 250]")
     add("--cfg_scale", type=float, help="guidance; 1 is none [grid: 2, --num: 1]")
-    add("--cls_cfg_scale", type=float, help="guidance of the class token [that of the image]")
+    add("--cls_cfg_scale", type=float, help="that of the class token; 0 is none [cfg_scale]")
     add("--guidance_low", type=float, default=0.0, help="guide only where t is at least this [0]")
     add("--guidance_high", type=float, default=1.0, help="... and at most this; 1 is noise [1]")
     add("--seed", type=int, default=0, help="image i depends on this and on i alone [0]")
@@ -316,13 +327,18 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.num and not args.out:
         args.out = "samples.npz"
-    for name in ("per_class", "batch_size", "steps"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"{name} is {getattr(args, name)}: it must be above 0")
-    for name, fits, rule in (("num", args.num >= 0, "0 or above"),
-                             ("seed", args.seed >= 0, "0 or above"),
-                             ("png", args.num or not args.png, "used with --num"),
-                             ("cfg_scale", 0 <= args.cfg_scale < math.inf, "0 or above")):
+    ending = ".npz" if args.num else ".png"
+    scale = 1.0 if args.cls_cfg_scale is None else args.cls_cfg_scale
+    for name, fits, rule in (
+            ("per_class", args.per_class > 0, "above 0"), ("steps", args.steps > 0, "above 0"),
+            ("batch_size", args.batch_size > 0, "above 0"), ("num", args.num >= 0, "0 or above"),
+            ("seed", args.seed >= 0, "0 or above"),
+            ("png", args.num or not args.png, "used with --num_images"),
+            ("out", not args.out or args.out.endswith(ending), f"a name that ends with {ending}"),
+            ("cfg_scale", 1 <= args.cfg_scale < math.inf, "1 (no guidance) or above"),
+            ("cls_cfg_scale", 0 <= scale < math.inf, "0 (no guidance) or above"),
+            ("guidance_low", 0 <= args.guidance_low <= 1, "between 0 and 1"),
+            ("guidance_high", 0 <= args.guidance_high <= 1, "between 0 and 1")):
         if not fits:
             raise BadInput(f"{name} is {getattr(args, name)}: it must be {rule}")
     return args
@@ -335,29 +351,35 @@ def run(args: argparse.Namespace) -> Path:
     classes = parse_classes(args.classes, config)
     config = dataclasses.replace(config, vae_weights=args.vae_weights or config.vae_weights)
     model, vae = model.to(device), build_vae(config, device)
-    if args.fast and device.type == "cuda":
+    if not args.fast:                                   # true float32: no TF32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    elif device.type == "cuda":
         model.compile()
+    digest = hashlib.sha256()
     with open(args.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     protocol = {name: getattr(args, name) for name in (
         "num", "labels", "sampler", "steps", "cfg_scale", "cls_cfg_scale", "guidance_low",
         "guidance_high", "seed")}
     protocol.update(weights="raw" if args.raw else "ema",
-                    precision="bf16" if args.fast else "float32", checkpoint=digest,
-                    method=config.method, size=config.size, vae=config.vae,
-                    image_size=config.image_size, pixels="truncated to uint8")
+                    precision="bf16" if args.fast else "float32",
+                    checkpoint=digest.hexdigest()[:16], method=config.method, size=config.size,
+                    vae=config.vae_weights or config.vae, image_size=config.image_size,
+                    pixels="truncated to uint8")
     if rank == 0:
         print(", ".join(f"{name} {value}" for name, value in protocol.items()), flush=True)
     if args.num:
         path = write_many(model, vae, config, args, protocol, rank, world_size)
-    else:
+    elif rank == 0:
         draw = draw_trajectory if args.trajectory else draw_grid
         path = draw(model, vae, config, classes, args)
     if rank == 0:
         print(path)
     if world_size > 1:
         dist.destroy_process_group()
-    return path
+    return path if rank == 0 else None
 
 
 def main() -> None:

@@ -149,8 +149,20 @@ def test_shards_of_other_settings_are_not_mixed_in(checkpoint, tmp_path, monkeyp
     )
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
-    with pytest.raises(BadInput, match="x.npz.parts holds images of other settings: delete it, or"):
+    with pytest.raises(
+        BadInput, match="x.npz.parts holds images of other settings: delete it"
+    ):
         run(checkpoint, "--num=8", "--cfg_scale=3", f"--out={tmp_path}/x.npz")
+
+
+def test_a_finished_run_is_not_done_again(checkpoint, tmp_path, monkeypatch):
+    for target in (f"--out={tmp_path}/x.npz", f"--png={tmp_path}/png"):
+        path = run(checkpoint, "--num=8", target)
+        with monkeypatch.context() as patch:
+            patch.setattr(sample, "in_batches", None)
+            assert run(checkpoint, "--num=8", target) == path
+    with pytest.raises(BadInput, match="png holds images of other settings"):
+        run(checkpoint, "--num=4", f"--png={tmp_path}/png")  # old files would stay among the new
 
 
 def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_path):
@@ -298,7 +310,9 @@ def test_repas_first_files_number_the_later_blocks_anew():
     "content, message",
     [
         ({"weight": torch.zeros(2)}, "holds no checkpoint of SiT, REPA or REG"),
-        ([1, 2], "is no checkpoint: it holds a list"),
+        ([1, 2], "holds no state dict"),
+        ({"ema": None, "model": {}}, "holds no state dict called ema"),
+        ({"ema": {}, "config": {}}, "does not fit|holds no"),
     ],
 )
 def test_a_file_of_another_kind_is_refused_with_one_sentence(content, message, tmp_path):
@@ -314,8 +328,12 @@ def test_a_file_of_another_kind_is_refused_with_one_sentence(content, message, t
         (["--classes=9"], "unknown class '9': choose from 0 to 7 or disc, square"),
         (["--classes=dog"], "unknown class 'dog'"),
         (["--steps=0"], "steps is 0"),
-        (["--png=x"], "png is x: it must be used with --num"),
+        (["--png=x"], "png is x: it must be used with --num_images"),
         (["--num=-1"], "num is -1"),
+        (["--num=8", "--out=x"], "out is x: it must be a name that ends with .npz"),
+        (["--out=x.npz"], "out is x.npz: it must be a name that ends with .png"),
+        (["--cfg_scale=0.5"], "cfg_scale is 0.5: it must be 1 .no guidance. or above"),
+        (["--guidance_low=nan"], "guidance_low is nan"),
     ],
 )
 def test_bad_input_is_one_sentence(checkpoint, argv, message):
