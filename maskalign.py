@@ -718,14 +718,14 @@ def index_batches(count: int, config: Config, start: int, rank: int, world_size:
     """Yields the image indices of this rank's micro-batches, from step `start` on. The images form
     an endless stream, permuted anew per epoch by the seed alone; a step takes the next batch_size
     of them, rank r the r-th part of those."""
-    local, epoch, order = config.batch_size // world_size, None, None
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> list:
+        return torch.randperm(count, generator=seeded("cpu", "epoch", config.seed, epoch)).tolist()
+
+    local = config.batch_size // world_size
     for step in range(start, config.steps):
-        indices = []
-        for i in range(first := step * config.batch_size + rank * local, first + local):
-            if i // count != epoch:
-                epoch = i // count
-                order = torch.randperm(count, generator=seeded("cpu", "epoch", config.seed, epoch))
-            indices.append(int(order[i % count]))
+        first = step * config.batch_size + rank * local
+        indices = [order(i // count)[i % count] for i in range(first, first + local)]
         yield from np.array_split(indices, config.accum)
 
 # ---- 8. The training loop ------------------------------------------------------------------------
@@ -816,9 +816,8 @@ def train(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out / "latest.pt", parts)
     if rank == 0:
-        size = sum(p.numel() for p in model.parameters())
-        cached = " (latents cached)" * bool(getattr(dataset, "cache", None))
-        print(f"{config.method}, {config.size}, {size:,} weights, {len(dataset)} images{cached}, "
+        print(f"{config.method} {config.size}, {sum(p.numel() for p in ema.parameters()):,} weights, "
+              f"{len(dataset)} images{', cached latents' if getattr(dataset, 'cache', 0) else ''}, "
               f"{world_size} x {device.type}, steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
             print("finished: raise --steps for more, or name another --out to start afresh")

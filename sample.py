@@ -279,6 +279,7 @@ def write_many(model, vae, config, args, protocol: dict, rank: int, world_size: 
 
 
 def name_of(k: int, config: Config) -> str:
+    """The name of class k in the data, or its number where the checkpoint tells no names."""
     return config.class_names[k] if config.class_names else str(k)
 
 

@@ -251,7 +251,7 @@ def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly
     launch(*flags, f"--out={tmp_path}/direct")
     launch(*flags, "--prepare", processes=2)
     cached = launch(*flags, f"--out={tmp_path}/cached")
-    assert "(latents cached)" in cached.stdout
+    assert "cached latents" in cached.stdout
     direct, cached = (checkpoint(tmp_path / name) for name in ("direct", "cached"))
     assert direct["config"]["class_names"] == ("cat", "dog") and direct["config"]["z_dim"] == 384
     assert_same(direct["model"], cached["model"], rtol=1e-2, atol=1e-3)  # float16 latents
