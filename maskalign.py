@@ -165,8 +165,8 @@ def parse_config(argv: list | None = None) -> Config:
 
 def seeded(device, *key) -> torch.Generator:
     """A generator that depends on `key` alone: so a resumed run needs no stored random state."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    digest = hashlib.sha256(repr(key).encode()).digest()[:7]
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
@@ -496,7 +496,6 @@ class ClassifierTeacher(nn.Module):
     The story is the same: a network that understands clean images guides one that learns to draw.
     Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, 64); its batch norms standardise the tokens."""
     dim = 64
-
     def __init__(self, grid: int, num_classes: int):
         super().__init__()
         self.patches = nn.Sequential(
@@ -816,9 +815,10 @@ def train(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out / "latest.pt", parts)
     if rank == 0:
-        print(f"{config.method} {config.size}, {sum(p.numel() for p in ema.parameters()):,} weights, "
-              f"{len(dataset)} images{', cached latents' if getattr(dataset, 'cache', 0) else ''}, "
-              f"{world_size} x {device.type}, steps {start} to {config.steps}; {out}", flush=True)
+        cached = ", cached latents" if getattr(dataset, "cache", None) else ""
+        print(f"{config.method}, {config.size}, {sum(p.numel() for p in ema.parameters()):,} "
+              f"weights, {len(dataset)} images{cached}, {world_size} x {device.type}, "
+              f"steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
             print("finished: raise --steps for more, or name another --out to start afresh")
         if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
