@@ -424,8 +424,8 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
     # v - (w_t / 2) score is (2-t) v + x, and a step of dt < 0 adds noise of variance w_t |dt|.
     state, dtype = [part.double() for part in (x, cls) if part is not None], x.dtype
     cls_cfg_scale = cfg_scale if cls_cfg_scale is None else cls_cfg_scale
-    grid = torch.linspace(1.0, 0.04 if sde else 0.0, num_steps + (not sde), dtype=torch.float64)
-    times = grid.tolist() + [0.0] * sde
+    grid = (1.0, 0.04, num_steps) if sde else (1.0, 0.0, num_steps + 1)
+    times = torch.linspace(*grid, dtype=torch.float64).tolist() + ([0.0] if sde else [])
     for t, t_next in zip(times, times[1:]):
         scale, dt = cfg_scale if guidance_low <= t <= guidance_high else 1.0, t_next - t
         drift = guided_velocity(model, state, t, y, scale, cls_cfg_scale, dtype)
@@ -447,7 +447,7 @@ euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
     Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    advice = f"; run once with internet, or bring that file and pass {flag} FILE" if flag else ""
+    advice = f"; run once with internet, or pass {flag} FILE" if flag else "; delete or replace it"
     try:
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         if not path:    # ask once ourselves: offline, the hub's own client tries again for 45 s
@@ -730,8 +730,8 @@ def index_batches(count: int, config: Config, start: int, rank: int, world_size:
 # ---- 8. The training loop ------------------------------------------------------------------------
 def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
-    rank, world_size, local_rank, local_size = (int(os.environ.get(name, name.endswith("SIZE")))
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
