@@ -22,7 +22,8 @@ Sampling keeps every token and needs no teacher.
 Where to look: Tab. 7 is Config; Sec. 5.1 is sample_token_subset and SiT.forward; Eq. 10 and 11
 are training_losses; sampling is euler_maruyama; the teacher is ViTTeacher; the loop is train.
 """
-import argparse, copy, dataclasses, functools, hashlib, inspect, json, math, os, re, sys, time
+import argparse, copy, dataclasses, functools, hashlib, inspect, itertools, json, math, os, re
+import signal, sys, time, zipfile
 import urllib.request
 from collections import namedtuple
 from pathlib import Path
@@ -36,7 +37,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed, VisionTransformer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.utils import make_grid
@@ -59,20 +60,27 @@ class Config:
     mixer_depth: int = 2          # Tab. 7: mixing blocks before the mask
     mask_ratio: float = 0.25      # Tab. 7: share of the patch tokens dropped in training
     align_coeff: float = 0.5      # Tab. 7: lambda, weight of the alignment loss; 0: none
+    align_loss: str = "cosine"    # a row of ALIGN_LOSSES
     cls_coeff: float = 0.03       # Tab. 7: beta, weight of the class token's velocity loss
+    self_depth: int = 0           # SRA: align with our own EMA's tokens after this block
+    attn_coeff: float = 0.0       # HASTE: weight of the attention distillation; 0: none
+    attn_layers: str = "3:8,4:10,5:12"  # HASTE: pairs of blocks, ours:teacher's, from 1
+    stop_align_at: int = 0        # HASTE: tau, the step from which nothing is aligned; 0: never
+    cells: int = 1                # xAR: cells per side, each with its own noise level
     # the network: a row of SIZES
     hidden_size: int = 1152       # SiT-XL: width D
     depth: int = 28               # SiT-XL: number of blocks, mixers not counted
     num_heads: int = 16           # SiT-XL: attention heads
     patch_size: int = 2           # SiT-XL/2: latent pixels per token side
     align_depth: int = 8          # Tab. 7: align after this block, counted from 1
-    projector_dim: int = 2048     # as REPA: hidden width of the projector
+    projector_dim: int = 2048     # as REPA: hidden width of the projector; 0: twice D, as SRA
+    projector_layers: int = 3     # as REPA: linear layers of the projector
     image_size: int = 256         # as REPA: pixels per side, after ADM's centre crop
     vae: str = "stabilityai/sd-vae-ft-ema"  # as REPA: SD-VAE on the hub; none: pixels
     vae_weights: str = ""         # file to read instead of the hub's
     teacher: str = "vit_base_patch14_dinov2.lvd142m"  # Tab. 7: any timm ViT; or: classifier
     teacher_weights: str = ""     # file to read instead of the hub's (timm's or Meta's keys)
-    teacher_steps: int = 300      # ours: training steps of the teacher called classifier
+    teacher_steps: int = 500      # ours: training steps of the teacher called classifier
     prepare: bool = False         # encode the latents of --data once into --cache, then stop
     cache: str = ""               # folder of encoded latents; empty: DATA-latents
     workers: int = 8              # data loading processes per rank
@@ -85,9 +93,12 @@ class Config:
     label_dropout: float = 0.1    # Tab. 7: share of labels replaced by the null class
     bf16: bool = True             # ours: autocast on GPU (REG: fp16); weights stay float32
     compile: bool = True          # ours: torch.compile on GPU
+    override: bool = False        # go on from a checkpoint that has other settings
     log_every: int = 100          # steps between log lines
+    gap_every: int = 1000         # steps between measurements of the stability gap (Eq. 12)
     sample_every: int = 10_000    # steps between sample grids
     save_every: int = 10_000      # steps between checkpoints
+    keep: int = 2                 # ours: checkpoints kept, should the newest be damaged
     preview_steps: int = 50       # ours: Euler steps of the sample grids
     # found in the data and the teacher, not typed
     num_classes: int = 1000
@@ -100,6 +111,11 @@ class Config:
         s = self.image_size
         return (3, s, s) if self.vae == "none" else (4, s // 8, s // 8)
 
+    @property
+    def attn_pairs(self) -> list:
+        """[(our block, the teacher's block)] whose attention is distilled, counted from 1."""
+        return [tuple(map(int, pair.split(":"))) for pair in self.attn_layers.split(",")]
+
 _COLUMNS = ("hidden_size", "depth", "num_heads", "patch_size", "align_depth", "projector_dim")
 SIZES = {name: dict(zip(_COLUMNS, row)) for name, row in {
     "SiT-S/2": (384, 12, 6, 2, 4, 2048),
@@ -108,18 +124,32 @@ SIZES = {name: dict(zip(_COLUMNS, row)) for name, row in {
     "SiT-XL/2": (1152, 28, 16, 2, 8, 2048),
     "demo": (96, 6, 3, 4, 3, 256),
 }.items()}
+_PLAIN = dict(class_token=False, mixer_depth=0, mask_ratio=0.0)
 METHODS = {  # each method is one row of settings over the same model, loss and loop
-    "sit": dict(class_token=False, align_coeff=0.0, mixer_depth=0, mask_ratio=0.0),
-    "repa": dict(class_token=False, mixer_depth=0, mask_ratio=0.0),
+    "sit": _PLAIN | dict(align_coeff=0.0),
+    "repa": _PLAIN,
     "reg": dict(mixer_depth=0, mask_ratio=0.0),
     "maskalign": dict(),
     "repa+maskalign": dict(class_token=False),              # Tab. 1
     "maskalign-no-mixing": dict(mixer_depth=0),             # Tab. 3
     "maskalign-no-masking": dict(mask_ratio=0.0),           # Tab. 3
+    "haste": _PLAIN | dict(attn_coeff=0.5),
+    "sra": _PLAIN | dict(align_coeff=0.2, align_loss="smooth_l1", projector_dim=0,
+                         projector_layers=2),
+    "xar": _PLAIN | dict(align_coeff=0.0, cells=2),
+}
+_EARLY = dict(align_depth=5, attn_layers="3:8,4:10,5:12", stop_align_at=100_000)
+_LATE = dict(align_depth=8, attn_layers="5:9,6:10,7:11,8:12", stop_align_at=250_000)
+AT_SIZE = {  # a method's layers at a size, where they are its own (HASTE's Tab. 16; SRA); S as B
+    "haste": {"SiT-S/2": _EARLY, "SiT-B/2": _EARLY, "SiT-L/2": _LATE, "SiT-XL/2": _LATE,
+              "demo": dict(align_depth=3, attn_layers="2:1,3:2", stop_align_at=1000)},
+    "sra": {size: dict(align_depth=ours, self_depth=emas) for size, ours, emas in zip(
+        SIZES, (3, 3, 6, 8, 2), (8, 8, 16, 20, 4))},
 }
 DEMO = dict(  # without --data: drawn shapes, and a run of minutes on a laptop
     size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
-    lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, preview_steps=25)
+    lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, gap_every=100,
+    preview_steps=25)
 
 def make_config(**typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
@@ -128,17 +158,32 @@ def make_config(**typed) -> Config:
         if merged[name] not in table:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
         merged.update(table[merged[name]])
+    merged.update(AT_SIZE.get(merged["method"], {}).get(merged["size"], {}))
     c = Config(**{**merged, **typed})
     shares = ("mask_ratio", "label_dropout", "ema_decay")
-    zero = (*shares, "seed", "mixer_depth", "align_coeff", "cls_coeff", "workers", "steps")
+    zero = (*shares, "seed", "mixer_depth", "align_coeff", "cls_coeff", "workers", "steps",
+            "self_depth", "attn_coeff", "stop_align_at", "projector_dim")
     for name, value in vars(c).items():
         high = 1 if name in shares else math.inf
         if type(value) in (int, float) and not (0 < value < high or value == 0 and name in zero):
             rule = "in [0, 1)" if name in shares else "0 or above" if name in zero else "above 0"
             raise BadInput(f"{name} is {value}: it must be {rule}")
     unit = c.patch_size * (1 if c.vae == "none" else 8)
+    pairs = c.attn_pairs if re.fullmatch(r"(\d+:\d+,)+", c.attn_layers + ",") else [(0, 0)]
+    aligns = c.align_coeff + c.attn_coeff > 0
     for name, fits, rule in (
             ("align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}"),
+            ("self_depth", c.self_depth <= c.depth, f"at most the depth, {c.depth}"),
+            ("self_depth", not c.self_depth or c.align_coeff and not c.class_token,
+             "0 without align_coeff, and with class_token, whose projector aims at the teacher"),
+            ("attn_layers", not c.attn_coeff or all(0 < ours <= c.depth for ours, _ in pairs),
+             f"pairs OURS:TEACHER'S as 3:8,4:10, ours from 1 to {c.depth}"),
+            ("attn_coeff", not c.attn_coeff or c.cells == 1,
+             "0 with cells: the teacher's attention sees what the cells may not"),
+            ("stop_align_at", aligns or not c.stop_align_at, "0 where nothing is aligned"),
+            ("align_loss", c.align_loss in ALIGN_LOSSES, f"one of {', '.join(ALIGN_LOSSES)}"),
+            ("cells", c.image_size // unit % c.cells == 0,
+             f"a divisor of the {c.image_size // unit} tokens per side"),
             ("hidden_size", c.hidden_size % 4 == 0, "a multiple of 4"),
             ("num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}"),
             ("image_size", c.image_size % unit == 0,
@@ -170,7 +215,7 @@ def seeded(device, *key) -> torch.Generator:
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
-    """t (N,) in [0, 1] -> (N, D): 128 cosines and 128 sines of t, then a small MLP."""
+    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines of t, then a small MLP."""
     def __init__(self, hidden_size: int):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -179,7 +224,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         # float32 also under autocast: in bf16 neighbouring times would look the same.
         i = torch.arange(128, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * i / 128)
+        angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * i / 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
@@ -196,8 +241,9 @@ def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 class Block(nn.Module):
-    """SiT block (adaLN-Zero): h (N, K, D), c (N, 1, D) from (t, y) -> (N, K, D).
-    The condition c sets shift, scale and gate; gates start at 0, so a new block is the identity."""
+    """SiT block (adaLN-Zero): h (N, K, D), c (N, G, D) from (t, y) -> (N, K, D).
+    The condition c sets shift, scale and gate; gates start at 0, so a new block is the identity.
+    G = 1, or (xAR) one row of c for each cell, and cell (N, K, 1) tells the cell of each token."""
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, qkv_bias=True)  # scaled_dot_product_attention
@@ -205,9 +251,11 @@ class Block(nn.Module):
                        act_layer=functools.partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)
-        h = h + gate_a * self.attn(modulate(h, shift_a, scale_a))
+    def forward(self, h: torch.Tensor, c: torch.Tensor, cell=None) -> torch.Tensor:
+        rows = gather_tokens(self.adaLN_modulation(c), cell)             # (N, 1 or K, 6 D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.chunk(6, -1)
+        sees = None if cell is None else (cell >= cell.mT).unsqueeze(1)  # its cell, earlier ones
+        h = h + gate_a * self.attn(modulate(h, shift_a, scale_a), attn_mask=sees)
         return h + gate_m * self.mlp(modulate(h, shift_m, scale_m))
 
 class FinalLayer(nn.Module):
@@ -218,8 +266,8 @@ class FinalLayer(nn.Module):
         self.cls_head = nn.Linear(hidden_size, cls_dim) if cls_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, h: torch.Tensor, c: torch.Tensor) -> tuple:
-        h = modulate(h, *self.adaLN_modulation(c).chunk(2, -1))
+    def forward(self, h: torch.Tensor, c: torch.Tensor, cell=None) -> tuple:
+        h = modulate(h, *gather_tokens(self.adaLN_modulation(c), cell).chunk(2, -1))
         if self.cls_head is None:
             return self.linear(h), None
         return self.linear(h[:, 1:]), self.cls_head(h[:, 0])
@@ -248,9 +296,10 @@ def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
 
 def gather_tokens(tokens: torch.Tensor, ids_keep: torch.Tensor | None, class_token=False):
     """(N, [1+]T, D), ids_keep (N, K) or None (all) -> (N, [1+]K, D). A class token stays."""
-    if ids_keep is None:
+    if ids_keep is None or tokens is None:
         return tokens
-    ids = F.pad(ids_keep + 1, (1, 0)) if class_token else ids_keep       # row 0 is the class token
+    ids = ids_keep.flatten(1)
+    ids = F.pad(ids + 1, (1, 0)) if class_token else ids                 # row 0 is the class token
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 # v (N, K, p*p*C), v_cls (N, z_dim) or None, z_pred (N, [1+]K, z_dim) or None
@@ -260,16 +309,18 @@ class SiT(nn.Module):
     """Scalable interpolant transformer with REPA's projector, REG's class token, our mixer.
     class_token: the teacher's noised class token comes before the patches. mixer_depth: blocks on
     all tokens before the mask, not counted in depth. align_depth: tokens are projected to z_dim
-    after this block (from 1); 0 or None: never. It draws no random number."""
+    after this block (from 1); 0 or None: never. cells: the image is a raster of cells x cells
+    cells, whose tokens see their own cell and earlier ones (xAR). It draws no random number."""
     def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int,
                  depth: int, num_heads: int, num_classes: int, z_dim: int,
                  projector_dim: int = 2048, align_depth: int | None = None,
-                 class_token: bool = False, mixer_depth: int = 0, mlp_ratio: float = 4.0):
+                 class_token: bool = False, mixer_depth: int = 0, mlp_ratio: float = 4.0,
+                 projector_layers: int = 3, cells: int = 1):
         super().__init__()
         if not 0 <= (align_depth or 0) <= depth:
             raise BadInput(f"align_depth is {align_depth}: it goes beyond the {depth} blocks")
         self.patch_size, self.num_classes = patch_size, num_classes
-        self.align_depth, self.class_token = align_depth, class_token
+        self.align_depth, self.class_token, self.cells = align_depth, class_token, cells
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = nn.ModuleDict(dict(      # the last row is the null class: "no label"
@@ -284,10 +335,12 @@ class SiT(nn.Module):
         block = functools.partial(Block, hidden_size, num_heads, mlp_ratio)
         self.mixer = nn.ModuleList(block() for _ in range(mixer_depth))
         self.blocks = nn.ModuleList(block() for _ in range(depth))
-        self.projectors = nn.ModuleList([nn.Sequential(
-            nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, z_dim))] if align_depth else [])
+        dims = [hidden_size, *[projector_dim] * (projector_layers - 1), z_dim]
+        layers = [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.projectors = nn.ModuleList([nn.Sequential(*layers[:-1])] if align_depth else [])
+        line = torch.arange(self.x_embedder.grid_size[0]) * cells // self.x_embedder.grid_size[0]
+        cell = F.pad((line[:, None] * cells + line).flatten(), (int(class_token), 0))
+        self.register_buffer("cell", cell.view(1, -1, 1) if cells > 1 else None, persistent=False)
         self.final_layer = FinalLayer(
             hidden_size, patch_size ** 2 * in_channels, z_dim if class_token else 0)
         self.initialize_weights()
@@ -306,23 +359,28 @@ class SiT(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor,
                 cls: torch.Tensor | None = None,
-                ids_keep: torch.Tensor | None = None) -> SiTOutput:
+                ids_keep: torch.Tensor | None = None, until: int = 0) -> SiTOutput:
         """Velocities at noisy x (N, C, H, W), t (N,) in [0, 1], y (N,), noisy cls (N, z_dim).
-        ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling."""
-        c = (self.t_embedder(t) + self.y_embedder["embedding_table"](y)).unsqueeze(1)  # (N, 1, D)
+        ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling.
+        With cells, t is (N, cells^2) or (N,). until > 0: the tokens after this block instead."""
+        t = t.view(len(x), -1).expand(-1, self.cells ** 2)                           # (N, G)
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y).unsqueeze(1)  # (N, G, D)
+        cell = None if self.cell is None else self.cell.expand(len(x), -1, -1)       # (N, [1+]T, 1)
         h = self.x_embedder(x)                                                       # (N, T, D)
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed      # (N, [1+]T, D); before the mask: a kept token knows its place
         for block in self.mixer:    # mixing: a dropped token leaves its trace in the others
-            h = block(h, c)
-        h = gather_tokens(h, ids_keep, self.class_token)              # the mask: (N, [1+]K, D)
-        z_pred = None
+            h = block(h, c, cell)
+        h, cell = (gather_tokens(part, ids_keep, self.class_token) for part in (h, cell))
+        z_pred = None                                                 # the mask: h is (N, [1+]K, D)
         for i, block in enumerate(self.blocks, start=1):
-            h = block(h, c)
+            h = block(h, c, cell)
+            if i == until:
+                return h
             if i == self.align_depth:   # NOTE(paper): counts these blocks, after the mixer
                 z_pred = self.projectors[0](h)                        # h_phi(h_a) of Eq. 11
-        v, v_cls = self.final_layer(h, c)
+        v, v_cls = self.final_layer(h, c, cell)
         return SiTOutput(v, v_cls, z_pred)
 
 def build_model(config: Config) -> SiT:
@@ -330,9 +388,11 @@ def build_model(config: Config) -> SiT:
     torch.manual_seed(config.seed)
     channels, side, _ = config.latent_shape
     return SiT(side, config.patch_size, channels, config.hidden_size, config.depth,
-               config.num_heads, config.num_classes, config.z_dim, config.projector_dim,
+               config.num_heads, config.num_classes, config.z_dim,
+               config.projector_dim or 2 * config.hidden_size,
                align_depth=config.align_depth if config.align_coeff > 0 else None,
-               class_token=config.class_token, mixer_depth=config.mixer_depth)
+               class_token=config.class_token, mixer_depth=config.mixer_depth,
+               projector_layers=config.projector_layers, cells=config.cells)
 
 def from_official(state_dict: dict) -> dict:
     """A REPA or REG state dict in our names; one that has them already passes unchanged."""
@@ -341,60 +401,120 @@ def from_official(state_dict: dict) -> dict:
         state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
     return state_dict
 
-# ---- 4. The objective (Eq. 10 and 11) ------------------------------------------------------------
-def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
-              t=None, noise=None, cls_noise=None, ids_keep=None, drop=None) -> dict:
-    """Everything random in a step of n images (what is given stays): t (n,) uniform on [0, 1),
-    noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None where no token is dropped,
-    drop (n,) True where the label becomes the null class."""
-    on = dict(generator=generator, device=device)
-    if ids_keep is None and config.mask_ratio > 0:
-        num_tokens = latent_shape[1] * latent_shape[2] // config.patch_size ** 2
-        ids_keep = sample_token_subset(n, num_tokens, config.mask_ratio, generator).to(device)
-    return dict(t=torch.rand(n, **on) if t is None else t,
-                noise=torch.randn(n, *latent_shape, **on) if noise is None else noise,
-                cls_noise=torch.randn(n, z_dim, **on) if cls_noise is None else cls_noise,
-                ids_keep=ids_keep,
-                drop=torch.rand(n, **on) < config.label_dropout if drop is None else drop)
-
+# ---- 4. The objective (Eq. 10 and 11), and what the family adds to it ----------------------------
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses are taken in float32, or wider where the inputs are: a bf16 cosine is too coarse."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+ALIGN_LOSSES = {   # of ours and the teacher's tokens (N, K, D); SRA keeps the scale of its features
+    "cosine": lambda a, b: -F.cosine_similarity(a, b, dim=-1).mean(),                    # Eq. 11
+    "smooth_l1": functools.partial(F.smooth_l1_loss, beta=0.05),
+}
+
+def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
+              t=None, noise=None, cls_noise=None, ids_keep=None, drop=None, lag=None) -> dict:
+    """Everything random in a step of n images (what is given stays): t (n,) uniform on [0, 1), or
+    (n, cells^2) with cells; noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None where
+    no token is dropped, drop (n,) True where the label becomes the null class, lag like t: how
+    much less noise SRA's teacher sees, uniform on [0, 0.2)."""
+    on, levels = dict(generator=generator, device=device), (n, config.cells ** 2)[:config.cells]
+    if ids_keep is None and config.mask_ratio > 0:
+        num_tokens = latent_shape[1] * latent_shape[2] // config.patch_size ** 2
+        ids_keep = sample_token_subset(n, num_tokens, config.mask_ratio, generator).to(device)
+    return dict(t=torch.rand(levels, **on) if t is None else t,
+                noise=torch.randn(n, *latent_shape, **on) if noise is None else noise,
+                cls_noise=torch.randn(n, z_dim, **on) if cls_noise is None else cls_noise,
+                ids_keep=ids_keep,
+                drop=torch.rand(n, **on) < config.label_dropout if drop is None else drop,
+                lag=0.2 * torch.rand(levels, **on) if lag is None else lag)
+
+def add_noise(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. t (N,), or one level per cell."""
+    side = math.isqrt(t[0].numel())
+    s = F.interpolate(t.reshape(len(t), 1, side, side), x.shape[-2:])              # (N, 1, H, W)
+    return (1 - s) * x + s * noise
+
+def tap_attention(layers: list) -> list:
+    """Hooks timm attention layers: after each forward pass, the list that it returns holds for
+    each of them its queries, keys and values (N, K, 3, heads, head_dim)."""
+    seen = [None] * len(layers)
+    for i, attn in enumerate(layers):
+        attn.qkv.register_forward_hook(lambda _, h, qkv, i=i, heads=attn.num_heads:
+                                       seen.__setitem__(i, qkv.unflatten(-1, (3, heads, -1))))
+    return seen
+
+def attention_loss(ours: list, teachers: list, num_tokens: int, ids_keep=None) -> torch.Tensor:
+    """HASTE: cross-entropy of our attention maps to the teacher's, mean over layers, images, heads
+    and queries. Both are cut to the same patches before the softmax: no class token or register,
+    no dropped token of the num_tokens; of the heads, the first that both have."""
+    losses = []
+    for a, b in zip(ours, teachers):
+        b = gather_tokens(b[:, -num_tokens:].flatten(2), ids_keep).unflatten(-1, b.shape[2:])
+        heads = min(a.shape[3], b.shape[3])
+        a, b = (at_least_float32(torch.einsum("nqhd,nkhd->nhqk", *h[:, :, :2, :heads].unbind(2)))
+                / math.sqrt(h.shape[-1]) for h in (a[:, -b.shape[1]:], b))
+        losses.append(-(b.softmax(-1) * a.log_softmax(-1)).sum(-1).mean())
+    return torch.stack(losses).mean()
+
 def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None,
                     config: Config, *, t=None, noise=None, cls_noise=None, ids_keep=None,
-                    drop=None, generator=None) -> dict:
-    """The objective on a batch: {"loss", "denoise", "cls", "align"}, all scalars.
+                    drop=None, generator=None, lag=None, ema=None, attn=None) -> dict:
+    """The objective on a batch: {"loss", "denoise", "cls", "align", "attn"}, all scalars.
     x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, D) teacher tokens, class token first
     (ignored by methods without one; z may be None for `sit`). See draw_step for the others: what
-    is None is drawn. `model` is anything called as model(x_t, t, y, cls_t, ids_keep)."""
-    t, noise, cls_noise, ids_keep, drop = draw_step(
+    is None is drawn. `model` is anything called as model(x_t, t, y, cls_t, ids_keep).
+    ema: SRA's teacher. attn: tap_attention's lists, ours and the teacher's, or None."""
+    t, noise, cls_noise, ids_keep, drop, lag = draw_step(
         len(x), x.shape[1:], config.z_dim if z is None else z.shape[-1], config, generator,
-        x.device, t, noise, cls_noise, ids_keep, drop).values()
-    s, cls_t = t.view(-1, 1, 1, 1), None
-    x_t = (1 - s) * x + s * noise                                     # t = 0 is data, 1 is noise
+        x.device, t, noise, cls_noise, ids_keep, drop, lag).values()
+    x_t, cls_t = add_noise(x, noise, t), None
     v_target = patchify(noise - x, config.patch_size)                 # d x_t / dt: (N, T, p*p*C)
+    num_tokens = v_target.shape[1]
     if config.class_token:
-        cls = at_least_float32(z[:, 0])
-        cls_t = (1 - t[:, None]) * cls + t[:, None] * cls_noise       # same t, noise of its own
+        cls, s = at_least_float32(z[:, 0]), t.view(len(t), -1)[:, :1]
+        cls_t = (1 - s) * cls + s * cls_noise                         # same t, noise of its own
     y = torch.where(drop, config.num_classes, y)                      # the null class
     v, v_cls, z_pred = model(x_t, t, y, cls_t, ids_keep)
     # Dropped tokens are neither predicted nor aligned: all means run over the kept ones.
     v_target = gather_tokens(v_target, ids_keep)                      # (N, K, p*p*C)
     denoise = (at_least_float32(v) - v_target).square().mean()        # Eq. 10, first term
-    cls_loss = align = torch.zeros_like(denoise)
+    cls_loss = align = attn_loss = torch.zeros_like(denoise)
     if config.class_token:                                            # Eq. 10, second term
         cls_loss = (at_least_float32(v_cls) - (cls_noise - cls)).square().mean()
     if z_pred is not None:                                            # Eq. 11
-        z = gather_tokens(z if config.class_token else z[:, 1:], ids_keep, config.class_token)
-        align = -F.cosine_similarity(at_least_float32(z_pred), at_least_float32(z), dim=-1).mean()
-    loss = denoise + config.cls_coeff * cls_loss + config.align_coeff * align
-    return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align)
+        if ema is not None:    # SRA: our average's view of the same noise, weaker; all tokens
+            t = (t - lag).clamp(min=0)
+            with torch.no_grad():
+                z = ema(add_noise(x, noise, t), t, y, until=config.self_depth)
+        z = gather_tokens(z if config.class_token else z[:, -num_tokens:], ids_keep,
+                          config.class_token)
+        align = ALIGN_LOSSES[config.align_loss](at_least_float32(z_pred), at_least_float32(z))
+    if attn is not None:
+        attn_loss = attention_loss(*attn, num_tokens, ids_keep)
+    loss = (denoise + config.cls_coeff * cls_loss + config.align_coeff * align
+            + config.attn_coeff * attn_loss)
+    return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align, attn=attn_loss)
+
+@torch.no_grad()
+def alignment_gap(model, x, y, z, config: Config, **drawn) -> torch.Tensor:
+    """Stability gap G_r = L_align(masked input) - L_align(full input): a scalar (Eq. 12).
+    Arguments as in training_losses; `drawn` is all of draw_step: both inputs see the same noise."""
+    def full_input(x_t, t, y, cls_t, ids_keep):    # all tokens go in, the kept ones are judged
+        v, v_cls, z_pred = model(x_t, t, y, cls_t)
+        return SiTOutput(gather_tokens(v, ids_keep), v_cls,
+                         gather_tokens(z_pred, ids_keep, config.class_token))
+
+    # NOTE(paper): it does not say which tokens L(full) averages. Here the kept ones, as L(masked):
+    # so the gap is 0 for a network whose tokens do not look at each other.
+    masked, full = (training_losses(net, x, y, z, config, **drawn)["align"]
+                    for net in (model, full_input))
+    return masked - full
 
 # ---- 5. Sampling: from t = 1 (noise) to t = 0 (data), with every token (as REPA, REG) ------------
-def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_cfg_scale: float,
+def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale: float, cls_cfg_scale: float,
                     dtype) -> list:
-    """Velocities of state = [x] or [x, cls] at t, in float64; the network runs in `dtype`.
+    """Velocities of state = [x] or [x, cls], in float64; the network runs in `dtype`.
+    t: the noise level, one number or one for each cell.
     Classifier-free guidance where cfg_scale w > 1: v = v_null + w (v_label - v_null). Both halves
     see the same class token; its velocity stays that of the label where cls_cfg_scale <= 0."""
     n, guided = len(y), cfg_scale > 1
@@ -402,7 +522,7 @@ def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
         state = [torch.cat([part, part]) for part in state]
     x, *cls = (part.to(dtype) for part in state)
-    out = model(x, x.new_full((len(y),), t), y, *cls)
+    out = model(x, x.new_tensor(t).expand(len(y), -1).squeeze(1), y, *cls)     # (N,), or (N, cells)
     velocities = [v.double() for v in (unpatchify(out.v, model.patch_size), out.v_cls)[:len(state)]]
     if guided:
         velocities = [v[n:] + w * (v[:n] - v[n:]) if w > 0 else v[:n]
@@ -413,12 +533,13 @@ def guided_velocity(model: SiT, state: list, t: float, y, cfg_scale: float, cls_
 def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scale: float = 1.0,
                    cls_cfg_scale: float | None = None, guidance_low: float = 0.0,
                    guidance_high: float = 1.0, sde: bool = True, heun: bool = False,
-                   randn_like=None) -> torch.Tensor:
+                   randn_like=None, cells: int = 1) -> torch.Tensor:
     """Integrates the reverse SDE with w_t = 2t, one network call per step -> latents like x.
     x (N, C, H, W) and cls (N, z_dim) standard normal, y (N,) labels. Guidance acts where
     guidance_low <= t <= guidance_high; cls_cfg_scale None means cfg_scale. The state is float64.
     sde=False: dx/dt = v in equal steps; heun then averages v over both ends, but in the last.
-    randn_like replaces torch.randn_like; it is asked for latent, then class token, in each step."""
+    randn_like replaces torch.randn_like; it is asked for latent, then class token, in each step.
+    cells > 1 (xAR): num_steps for each cell in turn, with guidance that grows from cell to cell."""
     # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
     # equation. The score, the gradient of log density, is -(x + (1-t) v) / t: so the drift
     # v - (w_t / 2) score is (2-t) v + x, and a step of dt < 0 adds noise of variance w_t |dt|.
@@ -426,19 +547,26 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
     cls_cfg_scale = cfg_scale if cls_cfg_scale is None else cls_cfg_scale
     grid = (1.0, 0.04, num_steps) if sde else (1.0, 0.0, num_steps + 1)
     times = torch.linspace(*grid, dtype=torch.float64).tolist() + ([0.0] if sde else [])
-    for t, t_next in zip(times, times[1:]):
-        scale, dt = cfg_scale if guidance_low <= t <= guidance_high else 1.0, t_next - t
-        drift = guided_velocity(model, state, t, y, scale, cls_cfg_scale, dtype)
+    ramp = torch.linspace(1, 0, cells ** 2).flip(0).tolist()          # 0 ... 1, and 1 for one cell
+    for k, (t, t_next) in itertools.product(range(cells ** 2), zip(times, times[1:])):
+        # Only cell k moves (the class token with cell 0): those before it are clean, those after
+        # it are noise that it cannot see.
+        moves = torch.eye(cells ** 2, dtype=torch.float64)[k].view(1, 1, cells, cells)
+        moves = [F.interpolate(moves, x.shape[-2:]).to(x.device), float(k == 0)]
+        before, after, dt = [0.0] * k, [1.0] * (cells ** 2 - 1 - k), t_next - t
+        scales = [1 + (w - 1) * ramp[k] if guidance_low <= t <= guidance_high else 1.0
+                  for w in (cfg_scale, cls_cfg_scale)]
+        drift = guided_velocity(model, state, [*before, t, *after], y, *scales, dtype)
         if heun and t_next > 0:
-            ahead = [a + dt * v for a, v in zip(state, drift)]
-            v_ahead = guided_velocity(model, ahead, t_next, y, scale, cls_cfg_scale, dtype)
+            ahead = [a + dt * m * v for a, m, v in zip(state, moves, drift)]
+            v_ahead = guided_velocity(model, ahead, [*before, t_next, *after], y, *scales, dtype)
             drift = [(v + v2) / 2 for v, v2 in zip(drift, v_ahead)]
         if sde:
             drift = [(2 - t) * v + a for a, v in zip(state, drift)]
-        state = [a + dt * d for a, d in zip(state, drift)]
+        state = [a + dt * m * d for a, m, d in zip(state, moves, drift)]
         if sde and t_next > 0:      # the last step, 0.04 -> 0, adds none: it would stay visible
             spread, randn = math.sqrt(-2 * t * dt), randn_like or torch.randn_like
-            state = [a + spread * randn(a) for a in state]
+            state = [a + spread * m * randn(a) for a, m in zip(state, moves)]
     return state[0].to(dtype)
 
 euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
@@ -455,6 +583,8 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
             path = huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{part} is damaged")      # torch would load a flipped bit silently
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         name, reason = path or f"{filename} of {repo}", str(error).partition("\n")[0][:120]
@@ -463,23 +593,30 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
 class ViTTeacher(nn.Module):
     """A frozen timm ViT, DINOv2-B/14 by default, with one patch for each token of our model.
     Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim): class token, then patches in raster order,
-    all after the last LayerNorm. Raises BadInput for an unknown name or foreign weights."""
+    all after the last LayerNorm. The name "classifier" gives the demo's stand-in, a tiny one that
+    build_teacher trains. Raises BadInput for an unknown name or foreign weights."""
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
-        patch = re.search(r"vit_.*patch(\d+)", name)
-        if not patch or not timm.is_model(name):
-            raise BadInput(f"teacher {name!r} is no ViT of timm: try {Config.teacher}")
-        source, self.size = timm.get_pretrained_cfg(name), grid * int(patch[1])
-        found = read_weights(weights, source.hf_hub_id, "model.safetensors", "--teacher_weights")
-        try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
-            self.vit = timm.create_model(name, img_size=self.size, num_classes=0, pretrained=True,
-                                         pretrained_cfg_overlay=dict(state_dict=found))
-        except Exception as error:
-            raise BadInput(f"{weights} holds weights of another model than {name}") from error
-        if not getattr(self.vit, "has_class_token", False):
-            raise BadInput(f"teacher {name!r} has no class token: try {Config.teacher}")
+        mean_std, patch = [[0.5] * 3] * 2, re.search(r"vit_.*patch(\d+)", name)
+        if name == "classifier":
+            self.size = 4 * grid
+            self.vit = VisionTransformer(img_size=self.size, patch_size=4, embed_dim=64, depth=2,
+                                         num_heads=4, num_classes=0)
+        elif patch and timm.is_model(name):
+            source, self.size = timm.get_pretrained_cfg(name), grid * int(patch[1])
+            found, mean_std = read_weights(weights, source.hf_hub_id, "model.safetensors",
+                                           "--teacher_weights"), [source.mean, source.std]
+            try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
+                self.vit = timm.create_model(
+                    name, img_size=self.size, num_classes=0, pretrained=True,
+                    pretrained_cfg_overlay=dict(state_dict=found))
+            except Exception as error:
+                raise BadInput(f"{weights} holds weights of another model than {name}") from error
+        if not getattr(self, "vit", None) or not getattr(self.vit, "has_class_token", False):
+            raise BadInput(f"teacher {name!r} is no ViT of timm with a class token: "
+                           f"try {Config.teacher}, or classifier")
         self.dim = self.vit.num_features
-        constants = torch.tensor([source.mean, source.std], dtype=torch.float64)
+        constants = torch.tensor(mean_std, dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -491,44 +628,31 @@ class ViTTeacher(nn.Module):
         patches = tokens[:, self.vit.num_prefix_tokens:]        # skips registers, if it has some
         return at_least_float32(torch.cat([tokens[:, :1], patches], dim=1))
 
-class ClassifierTeacher(nn.Module):
-    """The demo's stand-in for DINOv2: a small classifier, trained in seconds, then frozen.
-    The story is the same: a network that understands clean images guides one that learns to draw.
-    Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, 64); its batch norms standardise the tokens."""
-    dim = 64
-    def __init__(self, grid: int, num_classes: int):
-        super().__init__()
-        self.patches = nn.Sequential(
-            nn.Conv2d(3, 32, 3, 1, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, padding=1),
-            nn.ReLU(), nn.Conv2d(64, 64, 3, 2, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(grid), nn.BatchNorm2d(64, affine=False))
-        self.pooled = nn.BatchNorm1d(64, affine=False)
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        patches = self.patches(images.float() / 127.5 - 1).flatten(2).transpose(1, 2)
-        return torch.cat([self.pooled(patches.mean(dim=1)).unsqueeze(1), patches], dim=1)
-
-def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> nn.Module | None:
-    """The frozen teacher of a run; None for a method that asks it nothing."""
-    if not config.class_token and config.align_coeff == 0:
+def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> ViTTeacher | None:
+    """The frozen teacher of a run; None for a method that asks it nothing. The demo's story is
+    that of DINOv2: a network that understands clean images guides one that learns to draw."""
+    aligns = config.attn_coeff > 0 or config.align_coeff > 0 and not config.self_depth
+    if not (config.class_token or aligns):
         return None
+    torch.manual_seed(config.seed)
     grid, threads = config.latent_shape[1] // config.patch_size, torch.get_num_threads()
+    teacher = ViTTeacher(config.teacher, grid, config.teacher_weights)
     if config.teacher == "classifier":
-        torch.manual_seed(config.seed)
-        teacher = ClassifierTeacher(grid, len(dataset.classes))
+        teacher.vit.reset_classifier(len(dataset.classes))
         optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
         torch.set_num_threads(1)    # so that every rank and every resumed run has the very same one
         picks = torch.randint(len(dataset), (config.teacher_steps, 64))
         batches = DataLoader(dataset, batch_sampler=picks.tolist())
         for images, y, *_ in tqdm(batches, "training the teacher", leave=False, disable=rank > 0):
+            z = teacher(images)
             optimizer.zero_grad()
-            F.cross_entropy(teacher.head(teacher(images)[:, 0]), y).backward()
+            F.cross_entropy(teacher.vit.head(z[:, 0] + z[:, 1:].mean(dim=1)), y).backward()
             optimizer.step()
         torch.set_num_threads(threads)
-    else:
-        teacher = ViTTeacher(config.teacher, grid, config.teacher_weights)
-    return teacher.to(device).eval().requires_grad_(False)    # eval: batch norms must stand still
+    if config.attn_coeff and (last := max(config.attn_pairs)[1]) > len(teacher.vit.blocks):
+        raise BadInput(f"attn_layers asks for block {last} of teacher {config.teacher}, which has "
+                       f"{len(teacher.vit.blocks)}: name others")
+    return teacher.to(device).eval().requires_grad_(False)
 
 class AutoencoderKL(nn.Module):
     """Stable Diffusion's VAE: images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8).
@@ -740,7 +864,7 @@ def setup_distributed() -> tuple:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
 
 def save_grid(images: torch.Tensor, names: list, path) -> None:
@@ -762,7 +886,8 @@ def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device)
     generator = seeded(device, "preview", config.seed)
     drawn = draw_step(len(y), config.latent_shape, config.z_dim, config, generator, device)
     x = euler_ode(model, drawn["noise"], y, drawn["cls_noise"] if config.class_token else None,
-                  num_steps=config.preview_steps, cfg_scale=2.0)      # ours: pictures to recognise
+                  num_steps=config.preview_steps, cells=config.cells,
+                  cfg_scale=2.0)                                      # ours: pictures to recognise
     save_grid(decode_latents(vae, x), [config.class_names[k] for k in classes], path)
 
 @torch.no_grad()
@@ -772,25 +897,66 @@ def load_batch(batch: list, eps: torch.Tensor, vae, teacher) -> tuple:
     mean, std = (moments[0].float() if moments else encode_images(vae, images)).chunk(2, dim=1)
     return mean + std * eps, y, teacher(images) if teacher else None
 
-def resume(config: Config, path: Path, parts: dict) -> int:
-    """Loads the checkpoint at `path` into `parts`; its step, or 0 if there is none."""
-    if not path.exists():
+# What may change between a checkpoint and its resumption: none of it decides what is learned.
+FREE = {"out", "cache", "workers", "steps", "accum", "compile", "prepare", "override", "log_every",
+        "gap_every", "sample_every", "save_every", "keep", "preview_steps"}
+
+def resume(config: Config, out: Path, parts: dict, rank: int) -> int:
+    """Loads the newest whole checkpoint of a run into `parts`; its step, or 0 if there is none.
+    A damaged one is named and set aside. Raises BadInput where the settings differ."""
+    files = [*sorted(out.glob("step-*.pt"), reverse=True), *out.glob("latest.pt")]
+    for path in files:
+        try:
+            saved = read_weights(str(path))
+            break
+        except BadInput as error:
+            if rank == 0:
+                print(f"{error}; looking at the one before", flush=True)
+                path.rename(f"{path}.damaged")
+    else:
+        if files:
+            raise BadInput(f"{out} holds no whole checkpoint: delete it, or name another --out")
         return 0
-    saved = read_weights(str(path))
-    old, odd = saved.get("config", {}), []
-    for name in ("method", "class_token", "align_coeff", "mixer_depth", "image_size", "vae",
-                 "teacher", "num_classes", "z_dim", *_COLUMNS):
-        if old.get(name) != getattr(config, name):
-            odd.append(f"{name} {old.get(name)} there, {getattr(config, name)} here")
-    if odd:
-        raise BadInput(f"{path} holds another network ({'; '.join(odd)}): name another --out")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
+    old, odd = {**dataclasses.asdict(Config()), **saved.get("config", {})}, {}
+    for name, value in vars(config).items():
+        if old[name] != value:
+            odd[name] = f"{name} {old[name]} there, {value} here"
+    if odd and rank == 0:
+        print(f"{path}: {'; '.join(odd.values())}", flush=True)
+    wrong = "; ".join(text for name, text in odd.items() if name not in FREE)
+    if wrong and not config.override:
+        raise BadInput(f"{path} has other settings ({wrong}): name another --out, or --override")
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise BadInput(f"{path} holds another network ({wrong}): name another --out") from error
     parts["optimizer"].param_groups[0]["lr"] = config.lr    # as typed now, not as it was then
     return saved["step"]
 
-def train(config: Config) -> None:
-    """Trains the network of `config`, from its last checkpoint where there is one."""
+def save(config: Config, out: Path, step: int, parts: dict) -> None:
+    """Writes step-STEP.pt, makes latest.pt the same file, deletes all but the newest `keep`.
+    Each is written beside and renamed: a kill at any moment leaves whole files."""
+    path, beside = out / f"step-{step:07d}.pt", out / "unfinished.tmp"
+    state = {name: part.state_dict() for name, part in parts.items()}
+    try:
+        beside.unlink(missing_ok=True)      # it may be another name of an older checkpoint
+        torch.save(dict(state, step=step, config=dataclasses.asdict(config)), beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        os.link(path, beside)
+        os.replace(beside, out / "latest.pt")
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise BadInput(f"cannot save {path} ({error}): older checkpoints are whole; make room, "
+                       "and type the same command again") from error
+    for old in sorted(out.glob("step-*.pt"))[:-config.keep]:
+        old.unlink()
+
+def train(config: Config, signals: list | tuple = ()) -> None:
+    """Trains the network of `config`, from its last checkpoint where there is one. Once `signals`
+    is not empty (Ctrl-C, a cluster's SIGTERM) it finishes the step, saves and returns."""
     rank, world_size, device = setup_distributed()
     on_gpu = device.type == "cuda"
     if config.batch_size % (world_size * config.accum):
@@ -804,16 +970,17 @@ def train(config: Config) -> None:
     if config.data and vae and (cache := cache_file(config, dataset, vae)).exists():
         dataset.cache = cache
     teacher = build_teacher(config, dataset, device, rank)
+    z_dim = teacher.dim if teacher else config.z_dim
     config = dataclasses.replace(config, num_classes=len(dataset.classes),
-                                 z_dim=teacher.dim if teacher else config.z_dim,
+                                 z_dim=config.hidden_size if config.self_depth else z_dim,
                                  class_names=tuple(dataset.classes))
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0, fused=on_gpu)                    # Tab. 7
+                                  weight_decay=0.0, fused=True)                      # Tab. 7
     parts, out = dict(model=model, ema=ema, optimizer=optimizer), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    start = resume(config, out / "latest.pt", parts)
+    start = resume(config, out, parts, rank)
     if rank == 0:
         cached = ", cached latents" if getattr(dataset, "cache", None) else ""
         print(f"{config.method}, {config.size}, {sum(p.numel() for p in ema.parameters()):,} "
@@ -824,20 +991,34 @@ def train(config: Config) -> None:
         if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
             lines = [line for line in log.open() if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+    attn, self_teacher = None, ema if config.self_depth else None
+    if config.attn_coeff > 0:
+        attn = [tap_attention([blocks[pair[side] - 1].attn for pair in config.attn_pairs])
+                for side, blocks in enumerate((model.blocks, teacher.vit.blocks))]
     if config.compile and on_gpu:
         model.compile()                                         # in place: names of weights stay
-    ddp_model = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    ddp_model = wrap(model) if world_size > 1 else model
     precision = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and on_gpu)
-    # One fixed batch, with all its tokens: on it masked and unmasked runs compare.
+    # One fixed batch, with all its tokens or a subset: on it masked and unmasked runs compare.
     fixed = DataLoader([dataset[i * (len(dataset) - 1) // 31] for i in range(32)], 32)
     eps = torch.zeros(32, *config.latent_shape, device=device)
     fixed = load_batch(next(iter(fixed)), eps, vae, teacher)
     whole = dataclasses.replace(config, mask_ratio=0.0)
+    subset = dataclasses.replace(config, mask_ratio=config.mask_ratio or Config.mask_ratio)
+    subset = draw_step(32, config.latent_shape, config.z_dim, subset, seeded(device), device)
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
     averaged, sums, since, tick = list(ema.parameters()), 0.0, start, time.time()
+    finite, good = torch.ones((), device=device), torch.zeros((), device=device)
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank):
+        if step >= config.stop_align_at > 0 and (attn or model.align_depth):     # HASTE's tau
+            attn = model.align_depth = None
+            teacher = teacher if config.class_token else None
+            if world_size > 1:      # a new DDP, that does not wait for the projector's gradients
+                model.projectors.requires_grad_(False)
+                ddp_model = wrap(model)
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
         generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
         drawn = draw_step(config.batch_size, shape, config.z_dim, config, generator, device)
@@ -849,47 +1030,70 @@ def train(config: Config) -> None:
             x, y, z = load_batch(next(loader), mine.pop("eps"), vae, teacher)
             ddp_model.require_backward_grad_sync = part + 1 == config.accum
             with precision:
-                losses = training_losses(ddp_model, x, y, z, config, **mine)
+                losses = training_losses(ddp_model, x, y, z, config, ema=self_teacher, attn=attn,
+                                         **mine)
             (losses["loss"] / config.accum).backward()
             sums += torch.stack(list(losses.values())).detach() / config.accum
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        # From the first gradient on that is not finite the fused AdamW changes nothing: it reads
+        # found_inf on the GPU, so that no step has to wait for it.
+        finite = finite * torch.isfinite(grad_norm)
+        good, optimizer.found_inf = good + finite, 1 - finite
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():    # after the optimizer, so that the average includes this step
             torch._foreach_lerp_(averaged, list(model.parameters()), 1 - config.ema_decay)
 
-        done, last = step + 1, step + 1 == config.steps
-        if done % config.log_every == 0 or last:
+        done, stop = step + 1, torch.tensor(len(signals))
+        if world_size > 1:
+            dist.all_reduce(stop)       # by gloo, on the CPU: all ranks stop after the same step
+        last, measures = done == config.steps or bool(stop), done % config.gap_every == 0
+        logs, saves = measures or done % config.log_every == 0, done % config.save_every == 0
+        if (logs or saves or last) and not finite:
+            if world_size > 1:
+                dist.all_reduce(sums)
+            odd = [name for name, value in zip(losses, sums.tolist()) if not math.isfinite(value)]
+            raise BadInput(f"step {start + int(good) + 1}: {', '.join(odd) or 'gradient'} not "
+                           f"finite: {out} keeps the last good checkpoint; try a smaller --lr")
+        if logs or last:
             if world_size > 1:
                 dist.all_reduce(sums)
             if rank == 0:
-                with torch.no_grad(), precision:    # model.forward: the uncompiled one
-                    full = training_losses(model.forward, *fixed, whole, generator=seeded(device))
                 means = (sums / world_size / (done - since)).tolist()
                 rate = config.batch_size * (done - since) / (time.time() - tick)
                 left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
+                with torch.no_grad(), precision:    # model.forward: the uncompiled one
+                    full = training_losses(model.forward, *fixed, whole, generator=seeded(device),
+                                           ema=self_teacher)
                 record = dict(zip(losses, means), align_full=full["align"].item(),
                               grad_norm=grad_norm.item(), images_per_s=rate)
-                line = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+                if measures and model.align_depth:      # in float32: it is a few thousandths
+                    record["gap"] = alignment_gap(model.forward, *fixed, config, **subset,
+                                                  ema=self_teacher).item()
+                line = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if value)
                 tqdm.write(f"step {done}: {line}, {left} left")
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(dict(step=done, **record)) + "\n")
             sums, since, tick = 0.0, done, time.time()
         pause = time.time()
-        if rank == 0 and (done % config.save_every == 0 or last):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state.update(step=done, config=dataclasses.asdict(config))
-            torch.save(state, out / "latest.pt.tmp")
-            os.replace(out / "latest.pt.tmp", out / "latest.pt")    # a killed run keeps the old one
-        if rank == 0 and (done % config.sample_every == 0 or last):
+        if rank == 0 and (saves or last):
+            save(config, out, done, parts)
+        if rank == 0 and (done % config.sample_every == 0 or done == config.steps):
             preview(ema, vae, config, picture := out / f"samples-{done:07d}.png", device)
             tqdm.write(f"samples: {picture}")
+        if stop:
+            if rank == 0:
+                tqdm.write(f"stopped and saved at step {done}: the same command goes on from here")
+            break
         tick += time.time() - pause                 # the rate is that of the steps alone
 
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
     try:
-        train(parse_config())
+        train(parse_config(), signals)
         if dist.is_initialized():    # not within train: gloo can hang while its DDP is still alive
             dist.destroy_process_group()
     except BadInput as error:

@@ -173,7 +173,7 @@ def sample_images(model: SiT, vae, config: Config, indices: list, labels: list, 
         x = SAMPLERS[args.sampler](
             model if device.type == "cuda" else InGroups(model), x, y, cls, num_steps=args.steps,
             cfg_scale=args.cfg_scale, cls_cfg_scale=args.cls_cfg_scale, randn_like=randn,
-            guidance_low=args.guidance_low, guidance_high=args.guidance_high)
+            guidance_low=args.guidance_low, guidance_high=args.guidance_high, cells=config.cells)
     parts = x.split(GROUP) if device.type == "cpu" else [x]
     images = torch.cat([decode_latents(vae, part) for part in parts])
     return images.permute(0, 2, 3, 1).cpu().numpy()

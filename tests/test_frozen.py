@@ -11,7 +11,6 @@ import maskalign
 from maskalign import (
     AutoencoderKL,
     BadInput,
-    ClassifierTeacher,
     ViTTeacher,
     build_teacher,
     build_vae,
@@ -90,7 +89,7 @@ def test_a_teacher_without_class_token_is_refused(tmp_path):
     name = "vit_base_patch16_siglip_224"
     vit = maskalign.timm.create_model(name, img_size=64, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(BadInput, match="'vit_base_patch16_siglip_224' has no class token: try"):
+    with pytest.raises(BadInput, match="'vit_base_patch16_siglip_224' is no ViT of timm with a class token"):
         ViTTeacher(name, 4, str(tmp_path / "vit.pth"))
 
 
@@ -208,20 +207,22 @@ def test_weights_that_are_no_vae_are_refused_with_one_sentence(dino_file, vae_we
         AutoencoderKL(short)
 
 
-def test_demo_teacher_learns_its_classes_and_standardises_its_tokens():
+def test_demo_teacher_learns_its_classes_and_has_a_patch_per_token():
     data = demo_shapes(24, 2048)
-    config = make_config(num_classes=8, teacher_steps=150)
+    config = make_config(num_classes=8)
     teacher = build_teacher(config, data, "cpu")
     images, labels = data.tensors
     with torch.no_grad():
         z = teacher(images[:512])
-        assert (teacher.head(z[:, 0]).argmax(-1) == labels[:512]).float().mean() > 0.9
-    assert isinstance(teacher, ClassifierTeacher) and z.shape == (512, 37, 64)
+        named = teacher.vit.head(z[:, 0] + z[:, 1:].mean(1)).argmax(-1)
+        assert (named == labels[:512]).float().mean() > 0.9
+    assert isinstance(teacher, ViTTeacher) and z.shape == (512, 37, 64)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     for tokens in (z[:, 0], z[:, 1:].flatten(0, 1)):
-        assert tokens.mean().abs() < 0.2 and 0.7 < tokens.std() < 1.3
-    again = build_teacher(config, data, "cpu")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(teacher.state_dict().values(), again.state_dict().values())
-    )
+        assert tokens.mean().abs() < 0.3 and 0.7 < tokens.std() < 1.5
+
+
+def test_demo_teacher_is_the_same_at_every_start():
+    config, data = make_config(num_classes=8, teacher_steps=5), demo_shapes(24, 64)
+    one, two = (build_teacher(config, data, "cpu").state_dict() for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values()))
