@@ -3,16 +3,13 @@
 Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One training step (Sec. 5.1):
   1. A frozen teacher (DINOv2) reads the clean image: a token per patch, and a class token that
      sums up the image (it is not the label y).
-  2. Latent x and class token are noised with one time t: x_t = (1 - t) x + t noise, so that
-     t = 0 is data and t = 1 is noise.
+  2. Latent x and class token are noised: x_t = (1 - t) x + t noise; t = 0 is data, t = 1 is noise.
   3. All 1 + T tokens pass a light mixing block, so that each knows of the others.
   4. A random 25% of the patch tokens is dropped; the class token always stays.
   5. The kept tokens alone pass the transformer and predict the velocity noise - x.     (Eq. 10)
   6. After block `align_depth` they are projected and pulled towards the teacher's.     (Eq. 11)
-
      loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2
             - lambda mean_{cls, kept} cos(projected token, teacher token)
-
 Sampling keeps every token and needs no teacher.
 
   torchrun --nproc_per_node=1 maskalign.py                    a demo: no GPU, no data, no download
@@ -23,15 +20,12 @@ Where to look: Tab. 7 is Config; Sec. 5.1 is sample_token_subset and SiT.forward
 are training_losses; sampling is euler_maruyama; the teacher is ViTTeacher; the loop is train.
 """
 import argparse, copy, dataclasses, functools, hashlib, inspect, itertools, json, math, os, re
-import signal, sys, time, zipfile
-import urllib.request
+import signal, sys, time, urllib.request, zipfile
 from collections import namedtuple
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub, safetensors.torch, timm
 import numpy as np
-import safetensors.torch
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -53,7 +47,6 @@ class Config:
     method: str = "maskalign"     # a row of METHODS
     size: str = "SiT-XL/2"        # a row of SIZES
     data: str = ""                # folder with class/*.jpg or train/class/*.jpg; empty: the demo
-    out: str = ""                 # run folder; empty: runs/METHOD-SIZE
     seed: int = 0                 # decides everything random: weights, order, noise, masks
     # the method: a row of METHODS
     class_token: bool = True      # denoise the teacher's class token beside the image, as REG
@@ -64,7 +57,6 @@ class Config:
     cls_coeff: float = 0.03       # Tab. 7: beta, weight of the class token's velocity loss
     self_depth: int = 0           # SRA: align with our own EMA's tokens after this block
     attn_coeff: float = 0.0       # HASTE: weight of the attention distillation; 0: none
-    attn_layers: str = "3:8,4:10,5:12"  # HASTE: pairs of blocks, ours:teacher's, from 1
     stop_align_at: int = 0        # HASTE: tau, the step from which nothing is aligned; 0: never
     cells: int = 1                # xAR: cells per side, each with its own noise level
     # the network: a row of SIZES
@@ -73,48 +65,45 @@ class Config:
     num_heads: int = 16           # SiT-XL: attention heads
     patch_size: int = 2           # SiT-XL/2: latent pixels per token side
     align_depth: int = 8          # Tab. 7: align after this block, counted from 1
-    projector_dim: int = 2048     # as REPA: hidden width of the projector; 0: twice D, as SRA
-    projector_layers: int = 3     # as REPA: linear layers of the projector
+    projector_dim: int = 2048     # as REPA: hidden width of the projector; 0: SRA's small head
     image_size: int = 256         # as REPA: pixels per side, after ADM's centre crop
     vae: str = "stabilityai/sd-vae-ft-ema"  # as REPA: SD-VAE on the hub; none: pixels
     vae_weights: str = ""         # file to read instead of the hub's
     teacher: str = "vit_base_patch14_dinov2.lvd142m"  # Tab. 7: any timm ViT; or: classifier
     teacher_weights: str = ""     # file to read instead of the hub's (timm's or Meta's keys)
     teacher_steps: int = 500      # ours: training steps of the teacher called classifier
-    prepare: bool = False         # encode the latents of --data once into --cache, then stop
-    cache: str = ""               # folder of encoded latents; empty: DATA-latents
-    workers: int = 8              # data loading processes per rank
-    steps: int = 400_000          # ours: where the paper compares all methods
     batch_size: int = 256         # Tab. 7: images per step, over all processes
-    accum: int = 1                # micro-batches per step and process, to save memory
     lr: float = 1e-4              # Tab. 7: AdamW, constant
     grad_clip: float = 1.0        # as REG: largest gradient norm
     ema_decay: float = 0.9999     # Tab. 7: average of all weights, used for sampling
     label_dropout: float = 0.1    # Tab. 7: share of labels replaced by the null class
     bf16: bool = True             # ours: autocast on GPU (REG: fp16); weights stay float32
-    compile: bool = True          # ours: torch.compile on GPU
+    # set by tables, data and teacher, not typed
+    attn_layers: tuple = ()
+    num_classes: int = 1000
+    z_dim: int = 768
+    class_names: tuple = ()
+    # what a resumed run may change freely: none of it decides what is learned
+    steps: int = 400_000          # ours: where the paper compares all methods
+    out: str = ""                 # run folder; empty: runs/METHOD-SIZE
     override: bool = False        # go on from a checkpoint that has other settings
+    prepare: bool = False         # encode the latents of --data once into --cache, then stop
+    cache: str = ""               # folder of encoded latents; empty: DATA-latents
+    workers: int = 8              # data loading processes per rank
+    accum: int = 1                # micro-batches per step and process, to save memory
+    compile: bool = True          # ours: torch.compile on GPU
     log_every: int = 100          # steps between log lines
     gap_every: int = 1000         # steps between measurements of the stability gap (Eq. 12)
     sample_every: int = 10_000    # steps between sample grids
     save_every: int = 10_000      # steps between checkpoints
     keep: int = 2                 # ours: checkpoints kept, should the newest be damaged
     preview_steps: int = 50       # ours: Euler steps of the sample grids
-    # found in the data and the teacher, not typed
-    num_classes: int = 1000
-    z_dim: int = 768
-    class_names: tuple = ()
 
     @property
     def latent_shape(self) -> tuple:
         """(C, H, W) of what is noised and denoised: the pixels, or latents 8 times smaller."""
         s = self.image_size
         return (3, s, s) if self.vae == "none" else (4, s // 8, s // 8)
-
-    @property
-    def attn_pairs(self) -> list:
-        """[(our block, the teacher's block)] whose attention is distilled, counted from 1."""
-        return [tuple(map(int, pair.split(":"))) for pair in self.attn_layers.split(",")]
 
 _COLUMNS = ("hidden_size", "depth", "num_heads", "patch_size", "align_depth", "projector_dim")
 SIZES = {name: dict(zip(_COLUMNS, row)) for name, row in {
@@ -134,15 +123,14 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
     "maskalign-no-mixing": dict(mixer_depth=0),             # Tab. 3
     "maskalign-no-masking": dict(mask_ratio=0.0),           # Tab. 3
     "haste": _PLAIN | dict(attn_coeff=0.5),
-    "sra": _PLAIN | dict(align_coeff=0.2, align_loss="smooth_l1", projector_dim=0,
-                         projector_layers=2),
+    "sra": _PLAIN | dict(align_coeff=0.2, align_loss="smooth_l1", projector_dim=0),
     "xar": _PLAIN | dict(align_coeff=0.0, cells=2),
 }
-_EARLY = dict(align_depth=5, attn_layers="3:8,4:10,5:12", stop_align_at=100_000)
-_LATE = dict(align_depth=8, attn_layers="5:9,6:10,7:11,8:12", stop_align_at=250_000)
-AT_SIZE = {  # a method's layers at a size, where they are its own (HASTE's Tab. 16; SRA); S as B
-    "haste": {"SiT-S/2": _EARLY, "SiT-B/2": _EARLY, "SiT-L/2": _LATE, "SiT-XL/2": _LATE,
-              "demo": dict(align_depth=3, attn_layers="2:1,3:2", stop_align_at=1000)},
+_EARLY = dict(align_depth=5, stop_align_at=100_000, attn_layers=((3, 8), (4, 10), (5, 12)))
+_LATE = dict(align_depth=8, stop_align_at=250_000, attn_layers=((5, 9), (6, 10), (7, 11), (8, 12)))
+AT_SIZE = {  # a method's layers from 1, (ours, the teacher's): HASTE's Tab. 16 and SRA; S as B
+    "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, dict(
+        align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))))),
     "sra": {size: dict(align_depth=ours, self_depth=emas) for size, ours, emas in zip(
         SIZES, (3, 3, 6, 8, 2), (8, 8, 16, 20, 4))},
 }
@@ -161,33 +149,29 @@ def make_config(**typed) -> Config:
     merged.update(AT_SIZE.get(merged["method"], {}).get(merged["size"], {}))
     c = Config(**{**merged, **typed})
     shares = ("mask_ratio", "label_dropout", "ema_decay")
-    zero = (*shares, "seed", "mixer_depth", "align_coeff", "cls_coeff", "workers", "steps",
-            "self_depth", "attn_coeff", "stop_align_at", "projector_dim")
+    zero = (*shares, "seed", "mixer_depth", "align_coeff", "cls_coeff", "self_depth", "attn_coeff",
+            "stop_align_at", "projector_dim", "workers", "steps")
     for name, value in vars(c).items():
         high = 1 if name in shares else math.inf
         if type(value) in (int, float) and not (0 < value < high or value == 0 and name in zero):
             rule = "in [0, 1)" if name in shares else "0 or above" if name in zero else "above 0"
             raise BadInput(f"{name} is {value}: it must be {rule}")
     unit = c.patch_size * (1 if c.vae == "none" else 8)
-    pairs = c.attn_pairs if re.fullmatch(r"(\d+:\d+,)+", c.attn_layers + ",") else [(0, 0)]
-    aligns = c.align_coeff + c.attn_coeff > 0
+    side, aligns = c.image_size // unit, c.align_coeff + c.attn_coeff > 0
     for name, fits, rule in (
             ("align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}"),
-            ("self_depth", c.self_depth <= c.depth, f"at most the depth, {c.depth}"),
-            ("self_depth", not c.self_depth or c.align_coeff and not c.class_token,
-             "0 without align_coeff, and with class_token, whose projector aims at the teacher"),
-            ("attn_layers", not c.attn_coeff or all(0 < ours <= c.depth for ours, _ in pairs),
-             f"pairs OURS:TEACHER'S as 3:8,4:10, ours from 1 to {c.depth}"),
-            ("attn_coeff", not c.attn_coeff or c.cells == 1,
-             "0 with cells: the teacher's attention sees what the cells may not"),
+            ("self_depth", c.self_depth <= c.depth * (aligns and not c.class_token),
+             "at most the depth, and 0 with a class token or without align_coeff"),
+            ("attn_layers", all(ours <= c.depth for ours, _ in c.attn_layers), "within the depth"),
+            ("attn_coeff", not c.attn_coeff or c.attn_layers and c.cells == 1,
+             "0 with cells (the teacher's attention crosses them), and where no row has layers"),
             ("stop_align_at", aligns or not c.stop_align_at, "0 where nothing is aligned"),
             ("align_loss", c.align_loss in ALIGN_LOSSES, f"one of {', '.join(ALIGN_LOSSES)}"),
-            ("cells", c.image_size // unit % c.cells == 0,
-             f"a divisor of the {c.image_size // unit} tokens per side"),
             ("hidden_size", c.hidden_size % 4 == 0, "a multiple of 4"),
             ("num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}"),
-            ("image_size", c.image_size % unit == 0,
-             f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"),
+            ("image_size", c.image_size % unit == 0, f"a multiple of {unit} for vae {c.vae} and "
+             f"patch_size {c.patch_size}"),
+            ("cells", side % c.cells == 0, f"a divisor of the {side} tokens per side"),
             ("prepare", not c.prepare or c.data and c.vae != "none", "used with --data and a VAE")):
         if not fits:
             raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
@@ -268,9 +252,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, h: torch.Tensor, c: torch.Tensor, cell=None) -> tuple:
         h = modulate(h, *gather_tokens(self.adaLN_modulation(c), cell).chunk(2, -1))
-        if self.cls_head is None:
-            return self.linear(h), None
-        return self.linear(h[:, 1:]), self.cls_head(h[:, 0])
+        return (self.linear(h[:, 1:]), self.cls_head(h[:, 0])) if self.cls_head else (
+            self.linear(h), None)
 
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(N, C, H, W) -> (N, T, p*p*C): tokens in raster order, channel fastest within a token."""
@@ -315,7 +298,7 @@ class SiT(nn.Module):
                  depth: int, num_heads: int, num_classes: int, z_dim: int,
                  projector_dim: int = 2048, align_depth: int | None = None,
                  class_token: bool = False, mixer_depth: int = 0, mlp_ratio: float = 4.0,
-                 projector_layers: int = 3, cells: int = 1):
+                 cells: int = 1):
         super().__init__()
         if not 0 <= (align_depth or 0) <= depth:
             raise BadInput(f"align_depth is {align_depth}: it goes beyond the {depth} blocks")
@@ -335,7 +318,7 @@ class SiT(nn.Module):
         block = functools.partial(Block, hidden_size, num_heads, mlp_ratio)
         self.mixer = nn.ModuleList(block() for _ in range(mixer_depth))
         self.blocks = nn.ModuleList(block() for _ in range(depth))
-        dims = [hidden_size, *[projector_dim] * (projector_layers - 1), z_dim]
+        dims = [hidden_size, *(2 * [projector_dim] if projector_dim else [2 * hidden_size]), z_dim]
         layers = [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.projectors = nn.ModuleList([nn.Sequential(*layers[:-1])] if align_depth else [])
         line = torch.arange(self.x_embedder.grid_size[0]) * cells // self.x_embedder.grid_size[0]
@@ -388,11 +371,9 @@ def build_model(config: Config) -> SiT:
     torch.manual_seed(config.seed)
     channels, side, _ = config.latent_shape
     return SiT(side, config.patch_size, channels, config.hidden_size, config.depth,
-               config.num_heads, config.num_classes, config.z_dim,
-               config.projector_dim or 2 * config.hidden_size,
-               align_depth=config.align_depth if config.align_coeff > 0 else None,
-               class_token=config.class_token, mixer_depth=config.mixer_depth,
-               projector_layers=config.projector_layers, cells=config.cells)
+               config.num_heads, config.num_classes, config.z_dim, config.projector_dim,
+               config.align_depth if config.align_coeff > 0 else None,
+               config.class_token, config.mixer_depth, cells=config.cells)
 
 def from_official(state_dict: dict) -> dict:
     """A REPA or REG state dict in our names; one that has them already passes unchanged."""
@@ -406,10 +387,8 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses are taken in float32, or wider where the inputs are: a bf16 cosine is too coarse."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-ALIGN_LOSSES = {   # of ours and the teacher's tokens (N, K, D); SRA keeps the scale of its features
-    "cosine": lambda a, b: -F.cosine_similarity(a, b, dim=-1).mean(),                    # Eq. 11
-    "smooth_l1": functools.partial(F.smooth_l1_loss, beta=0.05),
-}
+ALIGN_LOSSES = {"cosine": lambda a, b: -F.cosine_similarity(a, b, dim=-1).mean(),         # Eq. 11
+                "smooth_l1": functools.partial(F.smooth_l1_loss, beta=0.05)}                # SRA
 
 def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None, lag=None) -> dict:
@@ -482,7 +461,7 @@ def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | N
     if config.class_token:                                            # Eq. 10, second term
         cls_loss = (at_least_float32(v_cls) - (cls_noise - cls)).square().mean()
     if z_pred is not None:                                            # Eq. 11
-        if ema is not None:    # SRA: our average's view of the same noise, weaker; all tokens
+        if config.self_depth > 0:    # SRA: our average's view of the same noise, weaker; all tokens
             t = (t - lag).clamp(min=0)
             with torch.no_grad():
                 z = ema(add_noise(x, noise, t), t, y, until=config.self_depth)
@@ -496,19 +475,18 @@ def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | N
     return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align, attn=attn_loss)
 
 @torch.no_grad()
-def alignment_gap(model, x, y, z, config: Config, **drawn) -> torch.Tensor:
-    """Stability gap G_r = L_align(masked input) - L_align(full input): a scalar (Eq. 12).
+def alignment_gap(model, x, y, z, config: Config, **drawn) -> tuple:
+    """(G_r, L(full)): stability gap G_r = L(masked input) - L(full input), L = align (Eq. 12).
     Arguments as in training_losses; `drawn` is all of draw_step: both inputs see the same noise."""
-    def full_input(x_t, t, y, cls_t, ids_keep):    # all tokens go in, the kept ones are judged
+    def full_input(x_t, t, y, cls_t, ids):
         v, v_cls, z_pred = model(x_t, t, y, cls_t)
-        return SiTOutput(gather_tokens(v, ids_keep), v_cls,
-                         gather_tokens(z_pred, ids_keep, config.class_token))
+        return gather_tokens(v, ids), v_cls, gather_tokens(z_pred, ids, config.class_token)
 
     # NOTE(paper): it does not say which tokens L(full) averages. Here the kept ones, as L(masked):
     # so the gap is 0 for a network whose tokens do not look at each other.
-    masked, full = (training_losses(net, x, y, z, config, **drawn)["align"]
-                    for net in (model, full_input))
-    return masked - full
+    masked, full = (training_losses(network, x, y, z, config, **drawn)["align"]
+                    for network in (model, full_input))
+    return (masked - full).item(), full.item()
 
 # ---- 5. Sampling: from t = 1 (noise) to t = 0 (data), with every token (as REPA, REG) ------------
 def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale: float, cls_cfg_scale: float,
@@ -649,7 +627,8 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
             F.cross_entropy(teacher.vit.head(z[:, 0] + z[:, 1:].mean(dim=1)), y).backward()
             optimizer.step()
         torch.set_num_threads(threads)
-    if config.attn_coeff and (last := max(config.attn_pairs)[1]) > len(teacher.vit.blocks):
+    last = max((theirs for _, theirs in config.attn_layers), default=0)
+    if config.attn_coeff and last > len(teacher.vit.blocks):
         raise BadInput(f"attn_layers asks for block {last} of teacher {config.teacher}, which has "
                        f"{len(teacher.vit.blocks)}: name others")
     return teacher.to(device).eval().requires_grad_(False)
@@ -897,33 +876,27 @@ def load_batch(batch: list, eps: torch.Tensor, vae, teacher) -> tuple:
     mean, std = (moments[0].float() if moments else encode_images(vae, images)).chunk(2, dim=1)
     return mean + std * eps, y, teacher(images) if teacher else None
 
-# What may change between a checkpoint and its resumption: none of it decides what is learned.
-FREE = {"out", "cache", "workers", "steps", "accum", "compile", "prepare", "override", "log_every",
-        "gap_every", "sample_every", "save_every", "keep", "preview_steps"}
-
 def resume(config: Config, out: Path, parts: dict, rank: int) -> int:
     """Loads the newest whole checkpoint of a run into `parts`; its step, or 0 if there is none.
     A damaged one is named and set aside. Raises BadInput where the settings differ."""
-    files = [*sorted(out.glob("step-*.pt"), reverse=True), *out.glob("latest.pt")]
-    for path in files:
+    for path in (files := [*sorted(out.glob("step-*.pt"), reverse=True), *out.glob("latest.pt")]):
         try:
             saved = read_weights(str(path))
             break
         except BadInput as error:
             if rank == 0:
-                print(f"{error}; looking at the one before", flush=True)
+                print(f"{error}; looking for the one before", flush=True)
                 path.rename(f"{path}.damaged")
     else:
         if files:
             raise BadInput(f"{out} holds no whole checkpoint: delete it, or name another --out")
         return 0
-    old, odd = {**dataclasses.asdict(Config()), **saved.get("config", {})}, {}
-    for name, value in vars(config).items():
-        if old[name] != value:
-            odd[name] = f"{name} {old[name]} there, {value} here"
+    old, names = {**vars(Config()), **saved.get("config", {})}, list(vars(config))
+    odd = {name: f"{name} {old[name]} there, {value} here"
+           for name, value in vars(config).items() if value != old[name]}
+    wrong = "; ".join(odd[name] for name in odd if names.index(name) < names.index("steps"))
     if odd and rank == 0:
         print(f"{path}: {'; '.join(odd.values())}", flush=True)
-    wrong = "; ".join(text for name, text in odd.items() if name not in FREE)
     if wrong and not config.override:
         raise BadInput(f"{path} has other settings ({wrong}): name another --out, or --override")
     try:
@@ -949,8 +922,8 @@ def save(config: Config, out: Path, step: int, parts: dict) -> None:
         os.replace(beside, out / "latest.pt")
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        raise BadInput(f"cannot save {path} ({error}): older checkpoints are whole; make room, "
-                       "and type the same command again") from error
+        raise BadInput(f"cannot save {path} ({error}): make room, then type the same command; the "
+                       "checkpoints before it are whole") from error
     for old in sorted(out.glob("step-*.pt"))[:-config.keep]:
         old.unlink()
 
@@ -958,7 +931,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
     """Trains the network of `config`, from its last checkpoint where there is one. Once `signals`
     is not empty (Ctrl-C, a cluster's SIGTERM) it finishes the step, saves and returns."""
     rank, world_size, device = setup_distributed()
-    on_gpu = device.type == "cuda"
+    on_gpu, out = device.type == "cuda", Path(config.out)
     if config.batch_size % (world_size * config.accum):
         raise BadInput(f"batch_size is {config.batch_size}: it must be a multiple of "
                        f"{world_size} processes x accum {config.accum}")
@@ -970,15 +943,14 @@ def train(config: Config, signals: list | tuple = ()) -> None:
     if config.data and vae and (cache := cache_file(config, dataset, vae)).exists():
         dataset.cache = cache
     teacher = build_teacher(config, dataset, device, rank)
-    z_dim = teacher.dim if teacher else config.z_dim
-    config = dataclasses.replace(config, num_classes=len(dataset.classes),
-                                 z_dim=config.hidden_size if config.self_depth else z_dim,
-                                 class_names=tuple(dataset.classes))
+    config = dataclasses.replace(
+        config, num_classes=len(dataset.classes), class_names=tuple(dataset.classes),
+        z_dim=config.hidden_size if config.self_depth else teacher.dim if teacher else 768)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0, fused=True)                      # Tab. 7
-    parts, out = dict(model=model, ema=ema, optimizer=optimizer), Path(config.out)
+    parts = dict(model=model, ema=ema, optimizer=optimizer)
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out, parts, rank)
     if rank == 0:
@@ -991,22 +963,20 @@ def train(config: Config, signals: list | tuple = ()) -> None:
         if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
             lines = [line for line in log.open() if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
-    attn, self_teacher = None, ema if config.self_depth else None
-    if config.attn_coeff > 0:
-        attn = [tap_attention([blocks[pair[side] - 1].attn for pair in config.attn_pairs])
-                for side, blocks in enumerate((model.blocks, teacher.vit.blocks))]
+    attn = [tap_attention([blocks[pair[side] - 1].attn for pair in config.attn_layers])
+            for side, blocks in enumerate((model.blocks, teacher.vit.blocks))
+            ] if config.attn_coeff else None
     if config.compile and on_gpu:
         model.compile()                                         # in place: names of weights stay
-    wrap = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
-    ddp_model = wrap(model) if world_size > 1 else model
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    ddp_model = ddp(model) if world_size > 1 else model
     precision = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and on_gpu)
-    # One fixed batch, with all its tokens or a subset: on it masked and unmasked runs compare.
+    # One fixed batch with fixed noise and the paper's mask: on it all methods compare.
     fixed = DataLoader([dataset[i * (len(dataset) - 1) // 31] for i in range(32)], 32)
     eps = torch.zeros(32, *config.latent_shape, device=device)
     fixed = load_batch(next(iter(fixed)), eps, vae, teacher)
-    whole = dataclasses.replace(config, mask_ratio=0.0)
-    subset = dataclasses.replace(config, mask_ratio=config.mask_ratio or Config.mask_ratio)
-    subset = draw_step(32, config.latent_shape, config.z_dim, subset, seeded(device), device)
+    paper = dataclasses.replace(config, mask_ratio=Config.mask_ratio)
+    paper = draw_step(32, config.latent_shape, config.z_dim, paper, seeded(device), device)
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
@@ -1014,11 +984,10 @@ def train(config: Config, signals: list | tuple = ()) -> None:
     finite, good = torch.ones((), device=device), torch.zeros((), device=device)
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank):
         if step >= config.stop_align_at > 0 and (attn or model.align_depth):     # HASTE's tau
-            attn = model.align_depth = None
-            teacher = teacher if config.class_token else None
+            attn, model.align_depth, teacher = None, None, teacher if config.class_token else None
             if world_size > 1:      # a new DDP, that does not wait for the projector's gradients
                 model.projectors.requires_grad_(False)
-                ddp_model = wrap(model)
+                ddp_model = ddp(model)
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
         generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
         drawn = draw_step(config.batch_size, shape, config.z_dim, config, generator, device)
@@ -1027,13 +996,12 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             piece = rank * config.accum + part
             mine = {name: value if value is None else value.chunk(world_size * config.accum)[piece]
                     for name, value in drawn.items()}
-            x, y, z = load_batch(next(loader), mine.pop("eps"), vae, teacher)
+            batch = load_batch(next(loader), mine.pop("eps"), vae, teacher)
             ddp_model.require_backward_grad_sync = part + 1 == config.accum
             with precision:
-                losses = training_losses(ddp_model, x, y, z, config, ema=self_teacher, attn=attn,
-                                         **mine)
+                losses = training_losses(ddp_model, *batch, config, ema=ema, attn=attn, **mine)
             (losses["loss"] / config.accum).backward()
-            sums += torch.stack(list(losses.values())).detach() / config.accum
+            sums += torch.stack(list(losses.values())).detach() / config.accum / world_size
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # From the first gradient on that is not finite the fused AdamW changes nothing: it reads
         # found_inf on the GPU, so that no step has to wait for it.
@@ -1047,45 +1015,36 @@ def train(config: Config, signals: list | tuple = ()) -> None:
         done, stop = step + 1, torch.tensor(len(signals))
         if world_size > 1:
             dist.all_reduce(stop)       # by gloo, on the CPU: all ranks stop after the same step
-        last, measures = done == config.steps or bool(stop), done % config.gap_every == 0
-        logs, saves = measures or done % config.log_every == 0, done % config.save_every == 0
-        if (logs or saves or last) and not finite:
-            if world_size > 1:
-                dist.all_reduce(sums)
+        last, gaps = done == config.steps or bool(stop), done % config.gap_every == 0
+        logs, saves = last or gaps or done % config.log_every == 0, done % config.save_every == 0
+        if world_size > 1 and (logs or saves and not finite):
+            dist.all_reduce(sums)
+        if (logs or saves) and not finite:
             odd = [name for name, value in zip(losses, sums.tolist()) if not math.isfinite(value)]
             raise BadInput(f"step {start + int(good) + 1}: {', '.join(odd) or 'gradient'} not "
                            f"finite: {out} keeps the last good checkpoint; try a smaller --lr")
-        if logs or last:
-            if world_size > 1:
-                dist.all_reduce(sums)
-            if rank == 0:
-                means = (sums / world_size / (done - since)).tolist()
-                rate = config.batch_size * (done - since) / (time.time() - tick)
-                left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
-                with torch.no_grad(), precision:    # model.forward: the uncompiled one
-                    full = training_losses(model.forward, *fixed, whole, generator=seeded(device),
-                                           ema=self_teacher)
-                record = dict(zip(losses, means), align_full=full["align"].item(),
-                              grad_norm=grad_norm.item(), images_per_s=rate)
-                if measures and model.align_depth:      # in float32: it is a few thousandths
-                    record["gap"] = alignment_gap(model.forward, *fixed, config, **subset,
-                                                  ema=self_teacher).item()
-                line = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if value)
-                tqdm.write(f"step {done}: {line}, {left} left")
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(dict(step=done, **record)) + "\n")
-            sums, since, tick = 0.0, done, time.time()
-        pause = time.time()
+        if logs and rank == 0:
+            rate = config.batch_size * (done - since) / (time.time() - tick)
+            gap, full = alignment_gap(model.forward, *fixed, config, ema=ema, **paper)
+            record = dict(zip(losses, (sums / (done - since)).tolist()), align_full=full,
+                          grad_norm=grad_norm.item(), images_per_s=rate)
+            record.update(dict(gap=gap) if gaps else {})
+            left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
+            line = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if value)
+            tqdm.write(f"step {done}: {line}, {left} left")
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(dict(step=done, **record)) + "\n")
         if rank == 0 and (saves or last):
             save(config, out, done, parts)
+            if stop:
+                tqdm.write(f"stopped and saved at step {done}: the same command goes on from here")
         if rank == 0 and (done % config.sample_every == 0 or done == config.steps):
             preview(ema, vae, config, picture := out / f"samples-{done:07d}.png", device)
             tqdm.write(f"samples: {picture}")
         if stop:
-            if rank == 0:
-                tqdm.write(f"stopped and saved at step {done}: the same command goes on from here")
             break
-        tick += time.time() - pause                 # the rate is that of the steps alone
+        if logs:
+            sums, since, tick = 0.0, done, time.time()
 
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""

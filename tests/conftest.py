@@ -1,4 +1,5 @@
 """Makes `import maskalign` and `import golden_formula` work from any folder."""
+
 import sys
 from pathlib import Path
 

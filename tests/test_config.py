@@ -70,6 +70,9 @@ def test_every_method_is_a_row_of_settings(method):
         "repa+maskalign": (False, 2, 0.25, 0.5),
         "maskalign-no-mixing": (True, 0, 0.25, 0.5),
         "maskalign-no-masking": (True, 2, 0.0, 0.5),
+        "haste": (False, 0, 0.0, 0.5),
+        "sra": (False, 0, 0.0, 0.2),
+        "xar": (False, 0, 0.0, 0.0),
     }[method]
 
 
@@ -78,7 +81,7 @@ def test_every_typed_field_has_a_flag_with_its_comment_as_help(capsys):
         parse_config(["--help"])
     shown = capsys.readouterr().out
     for field in dataclasses.fields(Config):
-        derived = field.name in ("num_classes", "z_dim", "class_names")
+        derived = field.name in ("attn_layers", "num_classes", "z_dim", "class_names")
         assert (f"--{field.name} " in shown.replace(",", " ")) != derived, field.name
     assert "Tab. 7: lambda, weight of the alignment loss" in " ".join(shown.split())
 

@@ -107,7 +107,7 @@ def test_haste_takes_its_layers_from_the_papers_table():
         ("SiT-XL/2", 8, [(5, 9), (6, 10), (7, 11), (8, 12)], 250_000),
     ):
         c = make_config(data="x", method="haste", size=size)
-        assert (c.align_depth, c.attn_pairs, c.stop_align_at) == (depth, pairs, stop)
+        assert (c.align_depth, list(c.attn_layers), c.stop_align_at) == (depth, pairs, stop)
     assert make_config(method="haste", size="SiT-B/2", stop_align_at=7).stop_align_at == 7
 
 
@@ -120,7 +120,7 @@ def test_from_tau_on_nothing_is_aligned_and_an_idle_teacher_is_not_called(
         maskalign.ViTTeacher, "forward", lambda self, images: seen.append(1) or real(self, images)
     )
     settings = {**TINY, "teacher_steps": 1, "log_every": 1, "out": str(tmp_path)}
-    train(make_config(**settings, method=method, attn_layers="1:1,2:2", stop_align_at=2))
+    train(make_config(**settings, method=method, attn_layers=((1, 1), (2, 2)), stop_align_at=2))
     # 1 to train it, 1 for the fixed batch, then the steps; MaskAlign goes on with the class token.
     assert len(seen) == calls + (method == "maskalign")
     lines = log(tmp_path)
@@ -132,7 +132,7 @@ def test_from_tau_on_nothing_is_aligned_and_an_idle_teacher_is_not_called(
 
 
 def test_two_processes_pass_tau_and_follow_one(tmp_path):
-    flags = ("--method", "haste", "--attn_layers=1:1,2:2", "--stop_align_at=3", "--log_every=1")
+    flags = ("--method", "haste", "--stop_align_at=3", "--log_every=1")
     launch(*flags, "--out", tmp_path / "one")
     launch(*flags, "--out", tmp_path / "two", processes=2)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
@@ -153,9 +153,8 @@ def sra(dtype):
                 state[f"projectors.0.{new}.{kind}"] = state.pop(f"ap_head.{old}.{kind}")
         width, depth = c["hidden_size"], c["depth"]
         sit = SiT(
-            *(c["input_size"], 2, 4, width, depth, c["num_heads"], 10, width, 2 * width),
+            *(c["input_size"], 2, 4, width, depth, c["num_heads"], 10, width, 0),
             align_depth=SRA["block_out_s"],
-            projector_layers=2,
         ).to(dtype)
         sit.load_state_dict(state)
         networks.append(sit)
@@ -318,7 +317,7 @@ def test_xar_learns_a_sign_that_all_cells_share():
 @pytest.mark.parametrize("method", METHODS)
 def test_each_row_trains_and_samples_on_the_demo(method, tmp_path):
     settings = {**TINY, "steps": 4, "out": str(tmp_path)}
-    train(make_config(**settings, method=method, self_depth=3 * (method == "sra")))
+    train(make_config(**settings, method=method, **(dict(self_depth=3) if method == "sra" else {})))
     lines = log(tmp_path)
     assert [line["step"] for line in lines] == [2, 4]
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -338,7 +337,7 @@ def test_each_row_trains_and_samples_on_the_demo(method, tmp_path):
     ids=lambda typed: ",".join(f"{k}={v}" for k, v in typed.items()),
 )
 def test_combinations_are_values(typed, tmp_path):
-    settings = {**TINY, "steps": 4, "out": str(tmp_path), "attn_layers": "1:1,2:2"}
+    settings = {**TINY, "steps": 4, "out": str(tmp_path), "attn_layers": ((1, 1), (2, 2))}
     train(make_config(**{**settings, **typed}))
     lines = log(tmp_path)
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -349,15 +348,21 @@ def test_combinations_are_values(typed, tmp_path):
 @pytest.mark.parametrize(
     "typed, message",
     [
-        (dict(method="sra", class_token=True), "self_depth is 4: it must be 0 .* class_token"),
-        (dict(method="sit", self_depth=2), "self_depth is 2: it must be 0 without align_coeff"),
+        (
+            dict(method="sra", class_token=True),
+            "self_depth is 4: it must be .* 0 with a class token",
+        ),
+        (dict(method="sit", self_depth=2), "self_depth is 2: it must be .* without align_coeff"),
         (dict(method="sra", self_depth=7), "self_depth is 7: it must be at most the depth, 6"),
         (dict(method="haste", cells=2), "attn_coeff is 0.5: it must be 0 with cells"),
         (dict(method="sit", stop_align_at=5), "stop_align_at is 5: it must be 0 where nothing"),
         (dict(method="xar", cells=4), "cells is 4: it must be a divisor of the 6 tokens"),
         (dict(align_loss="l2"), "align_loss is l2: it must be one of cosine, smooth_l1"),
-        (dict(method="haste", attn_layers="9:1"), "attn_layers is 9:1: .* ours from 1 to 6"),
-        (dict(method="haste", attn_layers="1-2"), "attn_layers is 1-2: it must be pairs"),
+        (
+            dict(method="haste", attn_layers=((9, 1),)),
+            r"attn_layers is \(\(9, 1\),\): it must be within",
+        ),
+        (dict(method="repa", attn_coeff=0.5), "attn_coeff is 0.5: .*0 .*where no row has layers"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused_with_a_reason(typed, message):
@@ -367,7 +372,7 @@ def test_combinations_that_make_no_sense_are_refused_with_a_reason(typed, messag
 
 
 def test_a_teacher_with_too_few_blocks_is_refused():
-    config = make_config(method="haste", attn_layers="1:3", teacher_steps=1)
+    config = make_config(method="haste", attn_layers=((1, 3),), teacher_steps=1)
     with pytest.raises(BadInput, match="attn_layers asks for block 3 .* which has 2"):
         build_teacher(config, demo_shapes(24, 64), "cpu")
 

@@ -89,7 +89,9 @@ def test_a_teacher_without_class_token_is_refused(tmp_path):
     name = "vit_base_patch16_siglip_224"
     vit = maskalign.timm.create_model(name, img_size=64, num_classes=0)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(BadInput, match="'vit_base_patch16_siglip_224' is no ViT of timm with a class token"):
+    with pytest.raises(
+        BadInput, match="'vit_base_patch16_siglip_224' is no ViT of timm with a class token"
+    ):
         ViTTeacher(name, 4, str(tmp_path / "vit.pth"))
 
 

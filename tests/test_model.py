@@ -117,7 +117,7 @@ def test_output_is_zero_at_initialisation(method):
     assert out.v.shape == (2, 36, 48) and not out.v.any()
     assert (out.v_cls is None) == (not config.class_token)
     assert out.v_cls is None or (out.v_cls.shape == (2, 768) and not out.v_cls.any())
-    assert (out.z_pred is None) == (method == "sit")
+    assert (out.z_pred is None) == (method in ("sit", "xar"))
 
 
 def test_every_weight_is_initialised_as_in_dit():

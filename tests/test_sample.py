@@ -149,9 +149,7 @@ def test_shards_of_other_settings_are_not_mixed_in(checkpoint, tmp_path, monkeyp
     )
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
-    with pytest.raises(
-        BadInput, match="x.npz.parts holds images of other settings: delete it"
-    ):
+    with pytest.raises(BadInput, match="x.npz.parts holds images of other settings: delete it"):
         run(checkpoint, "--num=8", "--cfg_scale=3", f"--out={tmp_path}/x.npz")
 
 

@@ -82,7 +82,8 @@ def log(out):
 def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path):
     first = launch("--out", tmp_path, processes=1)
     assert "steps 0 to 6" in first.stdout
-    assert sorted(os.listdir(tmp_path)) == ["latest.pt", "log.jsonl", "samples-0000006.png"]
+    files = ["latest.pt", "log.jsonl", "samples-0000006.png", "step-0000003.pt", "step-0000006.pt"]
+    assert sorted(os.listdir(tmp_path)) == files
     assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2 + 80, 8 * 98 + 2)
     lines = log(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -171,7 +172,7 @@ def test_n_steps_and_n_more_equal_2n_steps(tmp_path):
 
 def test_a_typed_learning_rate_counts_after_a_resume(tmp_path):
     for steps, lr in ((1, 1e-3), (2, 1e-5)):
-        train(make_config(out=str(tmp_path), **{**TINY, "steps": steps}, lr=lr))
+        train(make_config(out=str(tmp_path), **{**TINY, "steps": steps}, lr=lr, override=True))
     assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["lr"] == 1e-5
 
 
@@ -183,7 +184,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError):
+    with pytest.raises(BadInput, match="cannot save .*step-0000006.pt .No space left on device"):
         train(make_config(out=str(tmp_path), **TINY))
     assert checkpoint(tmp_path)["step"] == 3
 
@@ -310,10 +311,12 @@ def test_an_unreadable_image_in_a_worker_ends_with_its_name(tmp_path):
 
 def test_resuming_with_another_network_shows_what_differs(tmp_path):
     train(make_config(out=str(tmp_path), **{**TINY, "steps": 1}))
-    with pytest.raises(BadInput, match="holds another network .*mixer_depth 2 there, 1 here"):
+    with pytest.raises(BadInput, match="has other settings .*mixer_depth 2 there, 1 here"):
         train(make_config(out=str(tmp_path), mixer_depth=1, **TINY))
     with pytest.raises(BadInput, match="method maskalign there, reg here.*name another --out"):
         train(make_config(out=str(tmp_path), method="reg", **TINY))
+    with pytest.raises(BadInput, match="holds another network .*mixer_depth 2 there, 1 here"):
+        train(make_config(out=str(tmp_path), mixer_depth=1, override=True, **TINY))
     assert checkpoint(tmp_path)["step"] == 1
 
 
