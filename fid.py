@@ -6,16 +6,15 @@
   python fid.py samples.npz --features demo                          the demo: nothing to download
   torchrun --nproc_per_node=8 fid.py samples.npz --ref REF           processes share the images
 
-It computes what ADM's evaluator computes (guided-diffusion, TensorFlow 1), but for two things. ADM
-rounds distances between features to float16, a quirk worth about 0.002 in precision and recall:
-here they are exact. And singular covariances (fewer images than features) have their true distance
-here, where ADM stops with an error. --features dinov2 takes the features of our teacher instead,
-as Inception misjudges what diffusion models are good at (Stein et al. 2023, arXiv 2306.04675).
+The numbers of ADM's evaluator (guided-diffusion, TensorFlow 1), but exact where ADM rounds
+distances between features to float16 (worth about 0.002 in precision and recall) and where it ends
+with an error (fewer images than features). --features dinov2 compares features of our teacher:
+Inception misjudges what diffusion models are good at (Stein et al. 2023, arXiv 2306.04675).
 """
 import argparse, hashlib, json, math, os, re, sys, urllib.request, zipfile, zlib
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +31,10 @@ from maskalign import (DEMO, BadInput, Config, ViTTeacher, build_teacher, demo_s
                        read_weights, setup_distributed)
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-               "pt_inception-2015-12-05-6726825d.pth")
-PUBLISHED = "6726825d"                              # how the sha256 of that file begins
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")     # ADM's names; _s: of the spatial features
+               "pt_inception-2015-12-05-6726825d.pth")      # the name ends as its sha256 begins
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")             # ADM's names; _s: spatial, for sFID
+# source: path of an npz, list of files, or tensor (count, H, W, 3); size: (H, W)
+Images = namedtuple("Images", "name source count size")
 
 
 # ---- 1. The FID Inception: the network behind every published FID --------------------------------
@@ -46,38 +46,38 @@ def resize_tf1(images: torch.Tensor, size: int = 299) -> torch.Tensor:
     No antialias, no rounding. The order of operations is TensorFlow's: on CPU equal to the bit."""
     x = images.float()
     for dim in (-1, -2):                                              # along x, then along y
-        n = x.shape[dim]
-        place = torch.arange(size, device=x.device) * torch.tensor(n / size, device=x.device)
+        last = x.shape[dim] - 1
+        place = torch.arange(size, device=x.device) * torch.tensor((last + 1) / size).to(x.device)
         low = place.long()
         weight = place - low if dim == -1 else (place - low)[:, None]
-        left = x.index_select(dim, low)
-        x = left + (x.index_select(dim, (low + 1).clamp(max=n - 1)) - left) * weight
+        left, right = (x.index_select(dim, i) for i in (low, (low + 1).clamp(max=last)))
+        x = left + (right - left) * weight
     return x
 
 
 def mixed(block: nn.Module, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """A block of torchvision's Inception, wired by its names: branches side by side, then joined.
+    """A block of Inception, wired by the names of its layers: branches side by side, then joined.
 
-    branch3x3dbl_2 follows branch3x3dbl_1; _3a and _3b both follow _2. `pooled` is x after the
-    pooling of this block, and passes branch_pool where there is one."""
+    branch3x3dbl_2 follows branch3x3dbl_1; both _3a and _3b follow _2. The branch of `pooled`, x
+    after the pooling of this block, ends in branch_pool where there is one."""
     outs = {}
-    for name, unit in block.named_children():
+    for name, layer in block.named_children():
         branch, _, place = name.partition("_")
         if place == "pool":
-            pooled = unit(pooled)
+            pooled = layer(pooled)
         elif place.endswith("a"):
-            side = unit(outs[branch])
+            side = layer(outs[branch])
         elif place.endswith("b"):
-            outs[branch] = torch.cat([side, unit(outs[branch])], dim=1)
+            outs[branch] = torch.cat([side, layer(outs[branch])], dim=1)
         else:
-            outs[branch] = unit(outs.get(branch, x))
+            outs[branch] = layer(outs.get(branch, x))
     return torch.cat([*outs.values(), pooled], dim=1)
 
 
 class FIDInception(Inception3):
     """The Inception of 2015-12-05: uint8 (N, 3, H, W) -> pool (N, 2048), spatial (N, 2023).
 
-    Layers and state-dict keys are torchvision's; the way through them is not: average pools leave
+    Layers and state-dict keys are torchvision's, the way through them is not: average pools leave
     the padding out, Mixed_7c pools by the maximum, and there are 1008 classes."""
 
     def __init__(self):
@@ -85,28 +85,24 @@ class FIDInception(Inception3):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = (resize_tf1(images) - 128) / 128
-        for name, layer in self.named_children():
-            if name == "avgpool":
-                break
-            elif not name.startswith("Mixed"):
-                x = layer(x)
-            elif name in ("Mixed_6a", "Mixed_7a"):                    # these halve the image
+        for name, layer in list(self.named_children())[:-3]:          # not avgpool, dropout, fc
+            if name in ("Mixed_6a", "Mixed_7a"):                      # these halve the image
                 x = mixed(layer, x, F.max_pool2d(x, 3, 2))
             elif name == "Mixed_7c":
                 x = mixed(layer, x, F.max_pool2d(x, 3, 1, padding=1))
-            else:
+            elif name.startswith("Mixed"):
                 x = mixed(layer, x, F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False))
-            if name == "Mixed_6d":    # ADM's mixed_6/conv[..., :7]: its first branch comes first
+            else:
+                x = layer(x)
+            if name == "Mixed_6d":    # ADM's mixed_6/conv[..., :7]: the first branch comes first
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)     # order: row, column, channel
         return x.mean(dim=(2, 3)), spatial
 
 
 def load_inception(path: str = "") -> tuple[FIDInception, str]:
-    """The network, ready to use, and the hash of its weights: `path`, or the published file.
-
+    """The network ready for use, and the hash of its weights file: `path`, or the published one.
     Raises BadInput: offline without a file, or a file of something else."""
-    name = WEIGHTS_URL.rpartition("/")[2]
-    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    cached = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2])
     if not path and not cached.exists():
         try:
             urllib.request.urlopen(WEIGHTS_URL, timeout=10).close()   # offline: known quickly
@@ -115,24 +111,23 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
             raise BadInput(f"cannot download {WEIGHTS_URL} ({error}): run once with internet, or "
                            "fetch it elsewhere and pass --weights FILE") from error
     path, net = path or cached, FIDInception()
+    state = read_weights(str(path))
     try:
-        counts = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
-        net.load_state_dict({**counts, **read_weights(str(path))})    # counts: nobody reads them
-    except (RuntimeError, TypeError, AttributeError) as error:
+        unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
+        net.load_state_dict({**unread, **state})
+    except (RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()[:120]
-        raise BadInput(f"{path} holds no FID Inception ({reason}): pass {name}") from error
-    net.eval()
-    for unit in net.modules():
-        if isinstance(unit, BasicConv2d):    # the batch norm becomes part of its convolution
-            unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
-    return net.to(memory_format=torch.channels_last), sha256([path])    # twice as fast on CPU
+        raise BadInput(f"{path} holds no FID Inception ({reason}): pass {cached.name}") from error
+    for layer in net.eval().requires_grad_(False).modules():
+        if isinstance(layer, BasicConv2d):    # its batch norm becomes part of the convolution
+            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+    return net.to(memory_format=torch.channels_last), sha256([path])    # both: twice as fast on CPU
 
 
 # ---- 2. The metrics: functions of features, in float64 -------------------------------------------
 
 def add_moments(sums: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds features (n, D) to sums (D + 1, D + 1) of x x^T, x and 1: sums of several processes
-    add up, too."""
+    """Adds features (n, D) to sums (D + 1, D + 1) of x x^T, x and 1; sums of processes add up."""
     x = F.pad(x.double(), (0, 1), value=1.0)
     sums.addmm_(x.T, x)
 
@@ -147,16 +142,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), of (D,) and (D, D).
 
     With sigma = F F^T, the last trace is the sum of the singular values of F1^T F2. F leaves out
-    the null space, where square roots would make rounding visible: so singular covariances are no
-    special case. Raises BadInput for other shapes, and for numbers that are not finite."""
-    given = [torch.as_tensor(x, dtype=torch.float64, device="cpu")
-             for x in (mu1, sigma1, mu2, sigma2)]
-    d = len(given[0])
-    if [tuple(x.shape) for x in given] != 2 * [(d,), (d, d)]:
-        raise BadInput(f"statistics of shapes {', '.join(str(tuple(x.shape)) for x in given)} do "
-                       "not compare: measure both sets with the same --features")
-    if not all(x.isfinite().all() for x in given):
-        raise BadInput("statistics with nan or infinity do not compare: measure both sets anew")
+    the null space, where roots would make rounding visible: singular covariances are no special
+    case. Raises BadInput for other shapes, and for numbers that are not finite."""
+    given = [torch.as_tensor(x).double().cpu() for x in (mu1, sigma1, mu2, sigma2)]
+    shapes, d = [tuple(x.shape) for x in given], len(given[0])
+    if shapes != 2 * [(d,), (d, d)] or not all(x.isfinite().all() for x in given):
+        raise BadInput(f"statistics of shapes {shapes} do not compare, or are not finite: measure "
+                       "both sets anew, with the same --features")
     (mu1, sigma1, mu2, sigma2), factors = given, []
     for sigma in (sigma1, sigma2):
         w, q = torch.linalg.eigh((sigma + sigma.T) / 2)
@@ -176,8 +168,7 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
     for part in logits.split(split_size):
         log_p = part.double().log_softmax(dim=1)
         log_marginal = log_p.logsumexp(dim=0) - math.log(len(part))
-        kl = (log_p.exp() * (log_p - log_marginal)).sum(dim=1)
-        scores.append(kl.mean().exp().item())
+        scores.append((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp().item())
     return sum(scores) / len(scores)
 
 
@@ -211,24 +202,16 @@ def precision_recall(ref: torch.Tensor, sample: torch.Tensor, k: int = 3) -> tup
 
 # ---- 3. Images: an npz or a folder, read batch by batch ------------------------------------------
 
-class Images(NamedTuple):
-    """uint8 RGB images of one size, still where they are."""
-    name: str
-    source: object      # path of an npz, list of files, or tensor (N, H, W, 3)
-    count: int
-    size: tuple         # (W, H)
-
-
 def open_images(path: str) -> Images | None:
-    """The images of a folder, at any depth and in natural order, or of an npz; None where an npz
-    has only statistics. Looks at headers only. Raises BadInput for what is not uint8 RGB."""
+    """The Images of a folder, at any depth and in natural order, or of an npz; None where an npz
+    has only statistics. Looks at headers alone. Raises BadInput for what is not uint8 RGB."""
     if Path(path).is_dir():
         files = [file for file in Path(path).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS]
         if not files:
             raise BadInput(f"{path} holds no images: name a folder of {', '.join(IMG_EXTENSIONS)}")
         files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in
                                      re.split(r"([0-9]+)", str(file.relative_to(path)))])
-        size = read_image(files[0]).shape[1::-1]
+        size = read_image(files[0]).shape[:2]
         for file in files:
             read_image(file, size, decode=False)
         return Images(path, files, len(files), size)
@@ -242,31 +225,28 @@ def open_images(path: str) -> Images | None:
     if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
         raise BadInput(f"{path} holds arr_0 of {dtype} {shape}: it must be RGB images from 0 to "
                        "255, uint8 (N, H, W, 3) in C order")
-    return Images(path, path, shape[0], shape[2:0:-1])
-
-
-def open_array(archive: zipfile.ZipFile) -> tuple:
-    """(stream that stands at the first pixel, shape, fortran_order, dtype) of the member arr_0.
-
-    Unlike np.load it neither reads the whole array nor ever unpickles anything."""
-    stream = archive.open("arr_0.npy")
-    version = np.lib.format.read_magic(stream)
-    header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-              else np.lib.format.read_array_header_2_0)
-    return stream, *header(stream)
+    return Images(path, path, shape[0], shape[1:3])
 
 
 def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np.ndarray | None:
     """An image file -> uint8 (H, W, 3), or only its check. Raises BadInput, naming the file."""
     try:
         with Image.open(file) as image:
-            if image.mode != "RGB" or image.size != (size or image.size):
-                rule = f" of {size[0]} x {size[1]} pixels, as the first" if size else ""
+            if image.mode != "RGB" or size not in (None, (image.height, image.width)):
+                rule = f" of {size[1]} x {size[0]} pixels, as the first" if size else ""
                 raise BadInput(f"{file} is {image.mode}, {image.width} x {image.height} pixels: it "
                                f"must be RGB{rule}; convert, crop or remove it")
             return np.array(image) if decode else None
     except OSError as error:
         raise BadInput(f"{file} is no readable image: mend or remove it") from error
+
+
+def open_array(archive: zipfile.ZipFile) -> tuple:
+    """(stream at the first pixel, shape, fortran_order, dtype) of arr_0 in an npz: unlike np.load
+    it needs no memory for the array, and never unpickles."""
+    stream = archive.open("arr_0.npy")
+    header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    return stream, *header[np.lib.format.read_magic(stream)[0]](stream)
 
 
 def read_batches(images: Images, first: int, last: int, batch_size: int):
@@ -279,28 +259,24 @@ def read_batches(images: Images, first: int, last: int, batch_size: int):
             for i, j in pieces:
                 yield torch.from_numpy(np.stack(list(pool.map(read_image, images.source[i:j]))))
     else:
+        length = 3 * math.prod(images.size)
         with zipfile.ZipFile(images.source) as archive:
-            stream, (_, *shape), *_ = open_array(archive)
-            length = math.prod(shape)
+            stream, *_ = open_array(archive)
             try:
                 stream.seek(first * length, os.SEEK_CUR)
                 for i, j in pieces:
                     pixels = bytearray(stream.read((j - i) * length))
-                    yield torch.frombuffer(pixels, dtype=torch.uint8).view(j - i, *shape)
-            except (RuntimeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-                raise BadInput(f"{images.name} is damaged ({e}): write it anew") from e
+                    yield torch.frombuffer(pixels, dtype=torch.uint8).view(j - i, *images.size, 3)
+            except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise BadInput(f"{images.name} is damaged ({error}): write it anew") from error
 
 
 def sha256(parts: list) -> str:
     """The first 16 digits of the sha256 of files or tensors in a row."""
     digest = hashlib.sha256()
     for part in parts:
-        if torch.is_tensor(part):
-            digest.update(part.cpu().numpy().tobytes())
-            continue
-        with open(part, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        digest.update(np.ascontiguousarray(part) if torch.is_tensor(part)
+                      else np.memmap(part, np.uint8, "r"))
     return digest.hexdigest()[:16]
 
 
@@ -308,39 +284,31 @@ def sha256(parts: list) -> str:
 
 def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.Module, dict]:
     """The frozen network of --features, and what the protocol says of it. Raises BadInput."""
-    resize = "none"
     if name == "inception":
-        (net, digest), resize = load_inception(weights), "TF1 bilinear to 299"
+        (net, digest), resize = load_inception(weights), "TF1 bilinear to 299, float32"
     elif name == "dinov2":
         try:
             net = ViTTeacher(Config.teacher, grid=16, weights=weights)
         except BadInput as error:
             raise BadInput(str(error).replace("--teacher_weights", "--weights")) from error
-        resize = f"bicubic to {net.size}"
+        resize = f"bicubic to {net.size}, bfloat16 on GPU"
     else:
         net = build_teacher(make_config(), demo_shapes(DEMO["image_size"]), "cpu", rank)
+        resize = "none, float32"
     if name != "inception":
         digest = sha256(list(net.state_dict().values()))
-    fast = name == "dinov2" and device.type == "cuda"                 # the teacher's own autocast
-    return net.to(device).eval(), dict(features=name, weights=digest, resize=resize,
-                                       precision="bfloat16" if fast else "float32")
+    return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
 
 
 def extract(net: nn.Module, images: torch.Tensor) -> tuple:
-    """uint8 (N, 3, H, W) -> features (N, D), and spatial ones (N, D') unless of DINOv2."""
+    """uint8 (N, 3, H, W) -> features (N, D), and spatial ones (N, D') where sFID makes sense."""
     if isinstance(net, FIDInception):
         return net(images)
     tokens = net(images)                                              # class token, then patches
     return tokens[:, 0], *([] if isinstance(net, ViTTeacher) else [tokens[:, 1:, :7].flatten(1)])
 
 
-def class_logits(net: nn.Module, features: torch.Tensor) -> torch.Tensor | None:
-    """features (N, D) -> logits (N, classes); None for DINOv2, which knows no classes."""
-    if isinstance(net, FIDInception):
-        return F.linear(features, net.fc.weight)                      # without its bias, as ADM
-    return None if isinstance(net, ViTTeacher) else net.head(features)
-
-
+@torch.no_grad()
 def measure(images: Images, net: nn.Module, device, rank: int = 0, world_size: int = 1,
             batch_size: int = 64) -> dict:
     """mu (D,), sigma (D, D), mu_s, sigma_s (where there are spatial features), features (N, D).
@@ -353,7 +321,7 @@ def measure(images: Images, net: nn.Module, device, rank: int = 0, world_size: i
     widths = [x.shape[1] for x in extract(net, blank)]
     features = torch.zeros(images.count, widths[0], device=device)
     sums = [torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device) for d in widths]
-    with tqdm(total=last - first, desc=images.name, unit="", disable=rank > 0) as bar:
+    with tqdm(total=last - first, desc=images.name, unit=" images", disable=rank > 0) as bar:
         for batch in read_batches(images, first, last, batch_size):
             if device.type == "cuda":    # pinned: the next batch is read while the GPU works
                 batch = batch.pin_memory().to(device, non_blocking=True)
@@ -380,33 +348,33 @@ def stored_statistics(path: str, images: Images | None, about: dict) -> dict:
     if not path.endswith(".npz"):
         return {}
     try:
-        with np.load(path) as file:
+        with np.load(path) as file:    # refuses to unpickle
             made = json.loads(str(file["protocol"])) if "protocol" in file else {}
             known = {key: torch.from_numpy(file[key]) for key in (*STATISTICS, "features")
                      if key in file}
-    except ValueError as error:
-        raise BadInput(f"{path} holds objects, not arrays of numbers: {error}") from error
-    made = {**about, **made} if made else {**about, "features": "inception"}    # no protocol: ADM's
-    if not known and not images:
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path} holds no arrays of numbers: {error}") from error
+    made = made or {**about, "features": "inception"}                 # ADM's tell no more
+    if not images and "mu" not in known:
         raise BadInput(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
-    if any(made[key] != about[key] for key in about):
-        if not images:
-            raise BadInput(f"{path} holds statistics of {made['features']} {made['weights']}, not "
-                           f"of {about['features']} {about['weights']}: measure that set anew")
+    if all(made[key] == about[key] for key in about):
+        return known
+    if images:
         return {}
-    return known
+    raise BadInput(f"{path} holds statistics of {made['features']} {made['weights']}, not of "
+                   f"{about['features']} {about['weights']}: measure that set anew")
 
 
-# ---- 5. The command ------------------------------------------------------------------------------
-
+@torch.no_grad()
 def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
-    """The five numbers of two results of `measure`; None for those that something is missing for."""
+    """The five numbers of two results of `measure`; None where something is missing for one."""
     numbers = dict.fromkeys(("fid", "sfid", "inception_score", "precision", "recall"))
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mu in sample and mu in ref:
             numbers[name] = frechet_distance(sample[mu], sample[sigma], ref[mu], ref[sigma])
-    logits = class_logits(net, sample["features"])
-    if logits is not None:
+    if not isinstance(net, ViTTeacher):                               # DINOv2 knows no classes
+        logits = (F.linear(sample["features"], net.fc.weight)         # without the bias, as ADM
+                  if isinstance(net, FIDInception) else net.head(sample["features"]))
         numbers["inception_score"] = inception_score(logits)
     if "features" in ref:
         numbers["precision"], numbers["recall"] = precision_recall(
@@ -414,22 +382,7 @@ def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
     return numbers
 
 
-def caveats(n: int, dim: int, about: dict) -> list[str]:
-    """What a reader of the numbers has to know, a sentence each."""
-    notes = []
-    if n < 2048:
-        singular = ", and the covariance is singular" if n <= dim else ""
-        notes.append(f"N is {n}, below 2048: Frechet distances are biased upwards{singular}")
-    elif n != 50_000:
-        notes.append(f"N is {n}, not the papers' 50,000: compare at equal N only")
-    if about["features"] == "demo":
-        notes.append("features of the demo's own teacher: such numbers compare only with each other")
-    elif about["features"] == "dinov2":
-        notes.append("features of our teacher, DINOv2 ViT-B/14; Stein et al. take ViT-L/14")
-    elif not about["weights"].startswith(PUBLISHED):
-        notes.append("not the published weights: such numbers compare only with each other")
-    return notes
-
+# ---- 5. The command ------------------------------------------------------------------------------
 
 def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
@@ -446,7 +399,9 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     add("--json", default="", metavar="FILE", help="write numbers and protocol there, too")
     add("--batch_size", type=int, default=64, help="images at a time per process [64]")
     args = parser.parse_args(argv)
-    taken = (args.samples, args.ref, str(settings_file(args.samples)))
+    path = Path(args.samples)    # sample.py leaves its settings beside its npz or PNG files
+    args.settings = str(path / "samples.json" if path.is_dir() else path.with_suffix(".json"))
+    taken = (args.samples, args.ref, args.settings)
     for name, fits, rule in (
             ("ref", args.ref or args.save_stats or args.features == "demo",
              "given, unless --save_stats is to measure the samples alone"),
@@ -457,17 +412,10 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
             ("json", not args.json or args.json not in taken, "a new file"),
             ("batch_size", args.batch_size > 0, "above 0")):
         if not fits:
-            raise BadInput(f"{name} is {getattr(args, name) or 'empty'}: it must be {rule}")
+            raise BadInput(f"{name} is {getattr(args, name)!r}: it must be {rule}")
     return args
 
 
-def settings_file(samples: str) -> Path:
-    """Where sample.py leaves its settings: beside the npz, or among the PNG files."""
-    path = Path(samples)
-    return path / "samples.json" if path.is_dir() else path.with_suffix(".json")
-
-
-@torch.no_grad()
 def run(args: argparse.Namespace) -> dict | None:
     """What the command line asks for; returns the numbers and their protocol (on rank 0)."""
     rank, world_size, device = setup_distributed()
@@ -476,50 +424,56 @@ def run(args: argparse.Namespace) -> dict | None:
     paths = [path for path in (args.samples, args.ref) if path]
     sets = [open_images(path) for path in paths]
     if args.features == "demo" and not args.ref:
-        shapes, _ = demo_shapes(size := DEMO["image_size"]).tensors
+        shapes = demo_shapes(DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
         paths.append("drawn shapes")
-        sets.append(Images("drawn shapes", shapes.permute(0, 2, 3, 1), len(shapes), (size, size)))
+        sets.append(Images(paths[-1], shapes, len(shapes), tuple(shapes.shape[1:3])))
     for images in filter(None, sets):
         if images.count < 4:
-            raise BadInput(f"{images.name} holds {images.count} images: precision and recall with "
-                           "k = 3 need at least 4")
+            raise BadInput(f"{images.name} holds {images.count} images: k = 3 needs at least 4")
         if sets[0] and images.size != sets[0].size:
             raise BadInput(f"{images.name} has images of {images.size} pixels, {args.samples} of "
                            f"{sets[0].size}: crop both to one size first")
     net, about = build_features(args.features, args.weights, device, rank)
-    known = [stored_statistics(*pair, about) for pair in zip(paths, sets)]
+    known = [stored_statistics(path, images, about) for path, images in zip(paths, sets)]
     if not sets[0] and "features" not in known[0]:
         raise BadInput(f"{args.samples} holds statistics, but no images (arr_0) to judge")
     stats = []
     for images, stored in zip(sets, known):
         found = measure(images, net, device, rank, world_size, args.batch_size) if images else {}
-        if "mu" in stored and images:    # as ADM: these replace what the images would give
+        if images and "mu" in stored:    # as ADM: statistics of the file replace those of images
             found = {"features": found["features"]}
-        stats.append({key: x.to(device) for key, x in (found | stored).items()})
+        stats.append({key: x.to(device) for key, x in {**found, **stored}.items()})
     if world_size > 1:
         dist.destroy_process_group()
-    if rank > 0:    # the rest takes one process, and a minute at most
+    if rank > 0:                         # the rest takes one process, and a minute at most
         return None
 
     source = sets[-1].source if sets[-1] else paths[-1]
-    protocol = dict(n=len(stats[0]["features"]), reference=paths[-1],
+    n, dim = stats[0]["features"].shape
+    protocol = dict(n=n, reference=paths[-1],
                     reference_sha256=sha256(source if isinstance(source, list) else [source]),
                     reference_images=len(stats[-1].get("features", [])),
-                    statistics="stored" if "mu" in known[-1] else "of the images",
-                    **about, k=3, split_size=5000)
-    if (settings := settings_file(args.samples)).exists():
-        protocol["samples"] = json.loads(settings.read_text())
+                    statistics="stored" if "mu" in known[-1] else "of the images", **about,
+                    k=3, split_size=5000)
+    if Path(args.settings).exists():
+        protocol["samples"] = json.loads(Path(args.settings).read_text())
     print("protocol:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
-    for note in caveats(*stats[0]["features"].shape, about):
-        print("warning:", note)
+    foreign = args.features != "inception" or about["weights"][:8] not in WEIGHTS_URL
+    for applies, note in (
+            (n < 2048, f"N is {n}, below 2048: Frechet distances are biased upwards"
+                       f"{', and the covariance is singular' * (n <= dim)}"),
+            (2048 <= n != 50_000, f"N is {n}, not the papers' 50,000: compare at equal N"),
+            (foreign, f"features of {args.features} {about['weights']}, not those of the papers: "
+                      "such numbers compare only with each other")):
+        if applies:
+            print("warning:", note)
     if args.save_stats:
         with open(args.save_stats, "wb") as file:
-            np.savez(file, protocol=json.dumps(protocol),
-                     **{key: x.cpu().numpy() for key, x in stats[-1].items()})
-        print(args.save_stats)
+            arrays = {key: x.cpu() for key, x in stats[-1].items()}
+            np.savez(file, protocol=json.dumps(protocol), **arrays)
     if len(stats) == 1:
         return None
-    result = dict(compare(*stats, net), n=protocol["n"], protocol=protocol)
+    result = dict(compare(*stats, net), n=n, protocol=protocol)
     name = "FID" if args.features == "inception" else f"FD-{args.features}"
     for label, key in ((name, "fid"), (f"s{name}", "sfid"), ("Inception Score", "inception_score"),
                        ("precision", "precision"), ("recall", "recall")):
