@@ -116,7 +116,7 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
         unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
         net.load_state_dict({**unread, **state})
     except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()[:120]
+        reason = str(error).splitlines()[-1].strip()[:120]
         raise BadInput(f"{path} holds no FID Inception ({reason}): pass {cached.name}") from error
     for layer in net.eval().requires_grad_(False).modules():
         if isinstance(layer, BasicConv2d):    # its batch norm becomes part of the convolution
@@ -295,8 +295,7 @@ def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.M
     else:
         net = build_teacher(make_config(), demo_shapes(DEMO["image_size"]), "cpu", rank)
         resize = "none, float32"
-    if name != "inception":
-        digest = sha256(list(net.state_dict().values()))
+    digest = digest if name == "inception" else sha256(list(net.state_dict().values()))
     return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
 
 
@@ -313,8 +312,8 @@ def measure(images: Images, net: nn.Module, device, rank: int = 0, world_size: i
             batch_size: int = 64) -> dict:
     """mu (D,), sigma (D, D), mu_s, sigma_s (where there are spatial features), features (N, D).
 
-    Each rank takes whole batches in a row, and rank 0 has the result: the same for any number of
-    ranks. Raises BadInput for features that are not finite."""
+    Each rank takes whole batches in a row; the result, on rank 0, does not depend on their number.
+    Raises BadInput for features that are not finite."""
     share = -(-images.count // (batch_size * world_size)) * batch_size
     first, last = (min(i * share, images.count) for i in (rank, rank + 1))
     blank = torch.zeros(1, 3, *images.size, dtype=torch.uint8, device=device)
@@ -357,12 +356,11 @@ def stored_statistics(path: str, images: Images | None, about: dict) -> dict:
     made = made or {**about, "features": "inception"}                 # ADM's tell no more
     if not images and "mu" not in known:
         raise BadInput(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
-    if all(made[key] == about[key] for key in about):
-        return known
-    if images:
-        return {}
-    raise BadInput(f"{path} holds statistics of {made['features']} {made['weights']}, not of "
-                   f"{about['features']} {about['weights']}: measure that set anew")
+    same = all(made.get(key) == about[key] for key in about)
+    if not same and not images:
+        raise BadInput(f"{path} holds statistics of {made.get('features')} {made.get('weights')}, "
+                       f"not of {about['features']} {about['weights']}: measure that set anew")
+    return known if same else {}
 
 
 @torch.no_grad()
@@ -408,8 +406,10 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
             ("weights", not args.weights or args.features != "demo",
              "left out, as the demo trains its teacher itself"),
             ("save_stats", not args.save_stats or args.save_stats not in taken
-             and args.save_stats.endswith(".npz"), "a new file that ends with .npz"),
-            ("json", not args.json or args.json not in taken, "a new file"),
+             and args.save_stats.endswith(".npz") and Path(args.save_stats).parent.is_dir(),
+             "a new file that ends with .npz, in a folder that exists"),
+            ("json", not args.json or args.json not in taken and Path(args.json).parent.is_dir(),
+             "a new file in a folder that exists"),
             ("batch_size", args.batch_size > 0, "above 0")):
         if not fits:
             raise BadInput(f"{name} is {getattr(args, name)!r}: it must be {rule}")
@@ -421,6 +421,12 @@ def run(args: argparse.Namespace) -> dict | None:
     rank, world_size, device = setup_distributed()
     torch.set_float32_matmul_precision("highest")                     # true float32: no TF32
     torch.backends.cudnn.allow_tf32 = False
+    try:
+        settings = json.loads(Path(args.settings).read_text())
+    except FileNotFoundError:
+        settings = None
+    except ValueError as error:
+        raise BadInput(f"{args.settings} beside the samples is no JSON: remove it") from error
     paths = [path for path in (args.samples, args.ref) if path]
     sets = [open_images(path) for path in paths]
     if args.features == "demo" and not args.ref:
@@ -454,9 +460,7 @@ def run(args: argparse.Namespace) -> dict | None:
                     reference_sha256=sha256(source if isinstance(source, list) else [source]),
                     reference_images=len(stats[-1].get("features", [])),
                     statistics="stored" if "mu" in known[-1] else "of the images", **about,
-                    k=3, split_size=5000)
-    if Path(args.settings).exists():
-        protocol["samples"] = json.loads(Path(args.settings).read_text())
+                    k=3, split_size=5000, sampler=settings)
     print("protocol:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
     foreign = args.features != "inception" or about["weights"][:8] not in WEIGHTS_URL
     for applies, note in (

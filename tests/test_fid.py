@@ -280,7 +280,7 @@ def test_the_demo_scores_against_its_drawn_shapes_and_says_so(quick, capsys):
     shown = capsys.readouterr().out
     assert "FD-demo" in shown and "such numbers compare only with each other" in shown
     assert "reference drawn shapes" in shown and "'steps': 250" in shown
-    assert far["protocol"]["samples"]["sampler"] == "sde"
+    assert far["protocol"]["sampler"]["sampler"] == "sde"
 
 
 def test_saved_statistics_serve_as_reference_of_the_same_features_only(quick, folder, capsys):
@@ -373,12 +373,15 @@ def test_files_that_are_no_images_or_damaged_are_named(quick):
     whole = Path("good.npz").read_bytes()
     Path("cut.npz").write_bytes(whole[:5000])
     Path("text.npz").write_text("hello")
+    np.savez("set.npz", pictures())
+    Path("set.json").write_text("hello")
     np.savez("other.npz", y=np.zeros(4))
     with zipfile.ZipFile("short.npz", "w") as archive, zipfile.ZipFile("good.npz") as good:
         archive.writestr("arr_0.npy", good.read("arr_0.npy")[:-100])
     for name, message in (
         ("cut.npz", "cut.npz is neither a folder nor a readable npz"),
         ("text.npz", "text.npz is neither"),
+        ("set.npz", "set.json beside the samples is no JSON: remove it"),
         ("missing.npz", "missing.npz is neither a folder nor a readable npz .*No such file"),
         ("other.npz", r"other.npz holds neither images \(arr_0\) nor statistics"),
         ("short.npz", "short.npz is damaged .*: write it anew"),
@@ -470,6 +473,7 @@ def test_offline_without_weights_the_way_out_is_named(tmp_path, monkeypatch):
         (["x.npz", "--save_stats=y.pt"], "save_stats is 'y.pt': it must be a new file that ends"),
         (["x.npz", "--save_stats=x.npz"], "save_stats is 'x.npz': it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=x.json"], "json is 'x.json': it must be a new file"),
+        (["x.npz", "--ref=y.npz", "--json=no/x.json"], "json .* in a folder that exists"),
         (["x.npz", "--ref=y.npz", "--batch_size=0"], "batch_size is 0: it must be above 0"),
     ],
 )
