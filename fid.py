@@ -435,10 +435,11 @@ def run(args: argparse.Namespace) -> dict | None:
         sets.append(Images(paths[-1], shapes, len(shapes), tuple(shapes.shape[1:3])))
     for images in filter(None, sets):
         if images.count < 4:
-            raise BadInput(f"{images.name} holds {images.count} images: k = 3 needs at least 4")
+            raise BadInput(f"{images.name} holds {images.count} images: precision and recall, with "
+                           "k = 3 neighbours, need at least 4")
         if sets[0] and images.size != sets[0].size:
-            raise BadInput(f"{images.name} has images of {images.size} pixels, {args.samples} of "
-                           f"{sets[0].size}: crop both to one size first")
+            raise BadInput(f"{images.name} has images of (height, width) {images.size}, "
+                           f"{args.samples} of {sets[0].size}: crop both to one size first")
     net, about = build_features(args.features, args.weights, device, rank)
     known = [stored_statistics(path, images, about) for path, images in zip(paths, sets)]
     if not sets[0] and "features" not in known[0]:
