@@ -1,6 +1,6 @@
 """The paper's Figure 2 from checkpoints of ours: where the alignment pulls, and what a mask does.
 
-  python tests/figure2.py runs/reg-demo runs/maskalign-demo      a minute per run on two cores
+  python tests/figure2.py runs/reg-demo runs/maskalign-demo      half a minute per run, 2 cores
   python tests/figure2.py RUN --data IMAGENET --out DIR          the images lie elsewhere now
 
 RUN is a run folder or a checkpoint. Into --out, by default the folder of the first RUN, it writes
@@ -26,7 +26,7 @@ from maskalign import BadInput, SiTOutput, gather_tokens, seeded, training_losse
 from sample import load_checkpoint
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                                                      # Tab. 8
-BATCH = 64                                        # images at a time; the gap is taken on the first
+BATCH = 64                                # images at a time; the gap is taken on the first 64
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
 
 # ---- 1. The two measurements ---------------------------------------------------------------------
@@ -78,7 +78,10 @@ def measure(model, config, args: argparse.Namespace) -> dict:
     """Maps and gaps of a network, on images of its run with their labels, in float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False
-    config = dataclasses.replace(config, mask_ratio=0.0, data=args.data or config.data)
+    typed = {k: v for k in ("data", "vae_weights", "teacher_weights") if (v := getattr(args, k))}
+    config = dataclasses.replace(config, mask_ratio=0.0, **typed)
+    if not config.data and config.vae != "none":       # a published file: it is no demo
+        raise BadInput("the checkpoint does not say where its images are: name them with --data")
     dataset = (maskalign.FolderImages(config.data, config.image_size) if config.data
                else maskalign.demo_shapes(config.image_size))
     if len(dataset.classes) != config.num_classes:
@@ -132,8 +135,7 @@ def draw_maps(results: dict, path: Path) -> None:
     def paste(p, x, y, *size):
         stops = np.linspace(0, 0.8, len(COLOURS))
         rgb = np.stack([np.interp(p, stops, part) for part in zip(*COLOURS)], axis=-1)
-        tile = Image.fromarray(rgb.round().astype(np.uint8))
-        picture.paste(tile.resize(size, Image.NEAREST), (x, y))
+        picture.paste(Image.fromarray(rgb.astype(np.uint8)).resize(size, Image.NEAREST), (x, y))
     text(width / 2, 26, "Share of images with the token in their top 10% by alignment gradient", 24)
     for row, (name, mode) in enumerate(rows):
         y = 100 + 196 * row
@@ -156,6 +158,8 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder, or a checkpoint")
     add("--data", default="", help="image folder [that of the run]")
+    add("--vae_weights", default="", help="file to read instead of the run's")
+    add("--teacher_weights", default="", help="file to read instead of the run's")
     add("--out", default="", help="folder to write into [that of the first RUN]")
     add("--images", type=int, default=1024, help="images of a map, K [1024]")
     add("--masks", type=int, default=16, help="random masks of the gap [16]")

@@ -224,6 +224,12 @@ def test_bad_input_ends_the_command_with_one_sentence(runs, tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             figure2.run(options(*argv))
+    config = asdict(make_config(**{**TINY, "data": "x", "image_size": 64, "method": "reg"}))
+    config["data"] = ""  # as of a published file; its classes and pictures are not the demo's
+    state = build_model(maskalign.Config(**config)).state_dict()
+    torch.save(dict(ema=state, config=config), tmp_path / "published.pt")
+    with pytest.raises(BadInput, match="name them with --data"):
+        figure2.run(options(tmp_path / "published.pt"))
     for flag in ("--images=0", "--masks=1", "--mask_ratio=1"):
         with pytest.raises(BadInput, match="it must be"):
             parse_args(["run", flag])
