@@ -303,8 +303,10 @@ def extract(net: nn.Module, images: torch.Tensor) -> tuple:
     """uint8 (N, 3, H, W) -> features (N, D), and spatial ones (N, D') where sFID makes sense."""
     if isinstance(net, FIDInception):
         return net(images)
-    tokens = net(images)                                              # class token, then patches
-    return tokens[:, 0], *([] if isinstance(net, ViTTeacher) else [tokens[:, 1:, :7].flatten(1)])
+    cls, patches = (tokens := net(images))[:, 0], tokens[:, 1:]
+    if net.vit.num_classes == 0:                                      # DINOv2 knows no classes
+        return (cls,)
+    return cls + patches.mean(dim=1), patches[..., :7].flatten(1)     # what the demo's head reads
 
 
 @torch.no_grad()
@@ -370,10 +372,11 @@ def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mu in sample and mu in ref:
             numbers[name] = frechet_distance(sample[mu], sample[sigma], ref[mu], ref[sigma])
-    if not isinstance(net, ViTTeacher):                               # DINOv2 knows no classes
-        logits = (F.linear(sample["features"], net.fc.weight)         # without the bias, as ADM
-                  if isinstance(net, FIDInception) else net.head(sample["features"]))
+    if isinstance(net, FIDInception):
+        logits = F.linear(sample["features"], net.fc.weight)          # without the bias, as ADM
         numbers["inception_score"] = inception_score(logits)
+    elif net.vit.num_classes > 0:
+        numbers["inception_score"] = inception_score(net.vit.head(sample["features"]))
     if "features" in ref:
         numbers["precision"], numbers["recall"] = precision_recall(
             ref["features"], sample["features"])

@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import curves
 import maskalign
-from maskalign import BadInput, SiTOutput, gather_tokens, seeded, training_losses
+from maskalign import BadInput, alignment_gap, seeded, training_losses
 from sample import load_checkpoint
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                                                      # Tab. 8
@@ -30,20 +30,6 @@ BATCH = 64                                # images at a time; the gap is taken o
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
 
 # ---- 1. The two measurements ---------------------------------------------------------------------
-@torch.no_grad()
-def alignment_gap(model, x, y, z, config, **drawn) -> torch.Tensor:
-    """G_r = L_REPA(masked input) - L_REPA(full input) on a batch: a scalar (Eq. 12).
-    Arguments as in training_losses; `drawn` is all of draw_step: both inputs see the same noise."""
-    def full_input(x_t, t, y, cls_t, ids_keep):    # all tokens go in, the kept ones are judged
-        v, v_cls, z_pred = model(x_t, t, y, cls_t)
-        return SiTOutput(gather_tokens(v, ids_keep), v_cls,
-                         gather_tokens(z_pred, ids_keep, config.class_token))
-    # NOTE(paper): it does not say which tokens L_REPA(full) averages. Here: the kept ones, as in
-    # L_REPA(masked); so G_r is 0 for a network whose tokens do not look at each other.
-    masked, full = (training_losses(net, x, y, z, config, **drawn)["align"]
-                    for net in (model, full_input))
-    return masked - full
-
 def gradient_norms(model, x, y, z, config, **drawn) -> torch.Tensor:
     """g_i = |d L_REPA / d h_i| (Eq. 5): (N, K), per image, for the patch tokens that went in.
     L_REPA is the loss of each image alone; h, after block align_depth, is what is projected."""
@@ -101,7 +87,9 @@ def measure(model, config, args: argparse.Namespace) -> dict:
     norms, gaps = {(t, mode): [] for mode in ids for t in TIMES}, {}
     for first, batch in zip(tqdm(range(0, n, BATCH)), DataLoader(Subset(dataset, picks), BATCH)):
         rows = slice(first, first + BATCH)
-        mine = {name: drawn[name][rows].to(device) for name in ("noise", "cls_noise", "drop")}
+        mine = {name: drawn[name][rows].to(device)
+                for name in ("noise", "cls_noise", "drop", "lag")}
+        mine["ema"] = model                               # SRA's teacher is the network itself
         x, y, z = maskalign.load_batch(batch, torch.zeros_like(mine["noise"]), vae, teacher)
         inputs = (model, x, y, z, config)
         for t in TIMES:
@@ -110,8 +98,8 @@ def measure(model, config, args: argparse.Namespace) -> dict:
                 g = gradient_norms(*inputs, ids_keep=ids[mode][rows].to(device), **mine)
                 norms[t, mode].append(g.cpu())
             if first == 0:
-                gaps[t] = torch.stack([alignment_gap(*inputs, ids_keep=m[rows].to(device), **mine)
-                                       for m in masks])
+                gaps[t] = torch.tensor([
+                    alignment_gap(*inputs, ids_keep=m[rows].to(device), **mine)[0] for m in masks])
     gaps["all"] = torch.stack(list(gaps.values())).mean(dim=0)
     no_pattern = torch.rand(n, num_tokens, generator=generator)
     return dict(method=config.method, size=config.size, seed=config.seed, images=n,

@@ -10,7 +10,7 @@ import figure2
 import pytest
 import torch
 from curves import by_name, draw_curves, read_log, ticks
-from figure2 import alignment_gap, describe, gradient_norms, membership, parse_args
+from figure2 import describe, gradient_norms, membership, parse_args
 from PIL import Image, ImageColor
 from test_method import trained_looking
 from test_model import tiny
@@ -20,6 +20,7 @@ import maskalign
 from maskalign import (
     BadInput,
     SiTOutput,
+    alignment_gap,
     build_model,
     draw_step,
     gather_tokens,
@@ -129,10 +130,10 @@ def test_a_position_that_always_stands_out_has_probability_one_among_images_that
 @pytest.mark.parametrize("method", ["repa", "reg"])
 def test_gap_of_tokens_that_ignore_each_other_is_zero(method):
     inputs, drawn = problem(method, masked=True)
-    assert alignment_gap(TokenByToken().double(), *inputs, **drawn) == 0
-    assert alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn) != 0
+    assert alignment_gap(TokenByToken().double(), *inputs, **drawn)[0] == 0
+    assert alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn)[0] != 0
     drawn["ids_keep"] = torch.arange(16).expand(5, -1)  # nothing dropped: nothing changes
-    assert alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn) == 0
+    assert alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn)[0] == 0
 
 
 def test_gap_is_the_difference_of_the_two_losses_on_the_kept_tokens():
@@ -142,9 +143,9 @@ def test_gap_is_the_difference_of_the_two_losses_on_the_kept_tokens():
     masked = net.projectors[0](net.tokens(x_t, None, ids))
     full = gather_tokens(net.projectors[0](net.tokens(x_t, None, None)), ids)
     by_hand = (torch.cosine_similarity(full, r, -1) - torch.cosine_similarity(masked, r, -1)).mean()
-    gap = alignment_gap(net, x, y, z, config, **drawn)
-    torch.testing.assert_close(gap, by_hand, rtol=1e-10, atol=0)
-    assert not gap.requires_grad
+    gap, loss = alignment_gap(net, x, y, z, config, **drawn)
+    assert gap == pytest.approx(by_hand.item(), rel=1e-10)
+    assert loss == pytest.approx(-torch.cosine_similarity(full, r, -1).mean().item(), rel=1e-10)
 
 
 @pytest.fixture(scope="module")
