@@ -7,6 +7,7 @@ Writes curves.png into --out, by default the folder of the first RUN. --curves t
 log.jsonl, a panel for each; a/b draws two in one panel, the second thin. What a run did not log
 is left out, and so is a loss that its method does not have (logged as 0 throughout).
 """
+
 import argparse, json, math, sys
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from maskalign import BadInput
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 CURVES = "loss,align/align_full,gap"
 
+
 def folder_of(run: str) -> Path:
     """A run is given as its folder, or as a checkpoint in it."""
     return Path(run) if Path(run).is_dir() else Path(run).parent
+
 
 def by_name(runs: list) -> dict:
     """{name: run}: the name of its folder, or as typed where that is not unique."""
@@ -30,6 +33,7 @@ def by_name(runs: list) -> dict:
     names = [folder_of(run).absolute().name for run in runs]
     return dict(zip(names if len(set(names)) == len(runs) else map(str, runs), runs))
 
+
 def read_log(run: str, first: int = 0) -> list:
     """log.jsonl from step `first` on; a last line that is still being written does not count."""
     path = folder_of(run) / "log.jsonl"
@@ -37,29 +41,39 @@ def read_log(run: str, first: int = 0) -> list:
     log = [json.loads(line) for line in lines if line.endswith("}\n")]
     return [record for record in log if record["step"] >= first]
 
+
 def ticks(low: float, high: float) -> list:
     """Some four to ten round numbers between low and high."""
     unit = 10 ** math.floor(math.log10((high - low) / 9))
     step = next(k * unit for k in (1, 2, 5, 10) if k * unit >= (high - low) / 9)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
+
 def draw_curves(logs: dict, panels: list, path: Path) -> None:
     """A panel for each of `panels`, a colour for each run, sizes in half pixels."""
     picture = Image.new("RGB", (1000 * len(panels), 900), "white")
     draw = ImageDraw.Draw(picture)
+
     def text(x, y, words, anchor="mm"):
         draw.text((x, y), words, "black", font_size=32, anchor=anchor)
+
     x = 150
-    for colour, name in zip(COLOURS, logs):                                            # the legend
+    for colour, name in zip(COLOURS, logs):  # the legend
         draw.line((x, 45, x + 50, 45), colour, 8)
         text(x + 65, 45, name, "lm")
         x += 140 + draw.textlength(name, font_size=32)
     for i, panel in enumerate(panels):
         left, right, top, bottom = 1000 * i + 150, 1000 * i + 970, 150, 790
         first, *others = keys = panel.split("/")
-        curves = [(colour, 7 if key == first else 3,
-                   [(r["step"], r[key]) for r in log if math.isfinite(r.get(key, math.nan))])
-                  for key in keys for colour, log in zip(COLOURS, logs.values())]
+        curves = [
+            (
+                colour,
+                7 if key == first else 3,
+                [(r["step"], r[key]) for r in log if math.isfinite(r.get(key, math.nan))],
+            )
+            for key in keys
+            for colour, log in zip(COLOURS, logs.values())
+        ]
         curves = [c for c in curves if any(value for _, value in c[-1])]
         points = [point for *_, curve in curves for point in curve]
         text((left + right) / 2, 115, ", ".join([first, *(f"thin: {key}" for key in others)]))
@@ -70,9 +84,13 @@ def draw_curves(logs: dict, panels: list, path: Path) -> None:
         margin = 0.05 * (max(values) - min(values)) or 0.1
         low, high, end = min(values) - margin, max(values) + margin, max(steps)
         start = min(min(steps), end - 1)
+
         def place(step, value):
-            return (left + (right - left) * (step - start) / (end - start),
-                    bottom - (bottom - top) * (value - low) / (high - low))
+            return (
+                left + (right - left) * (step - start) / (end - start),
+                bottom - (bottom - top) * (value - low) / (high - low),
+            )
+
         for value in ticks(low, high):
             draw.line((place(start, value), place(end, value)), "#dddddd", 2)
             text(left - 12, place(start, value)[1], f"{value:.6g}", "rm")
@@ -81,28 +99,35 @@ def draw_curves(logs: dict, panels: list, path: Path) -> None:
             text(place(step, low)[0], bottom + 28, f"{step:.6g}")
         for colour, width, curve in curves:
             draw.line([place(*point) for point in curve], colour, width, "curve")
-            x, y = place(*curve[-1])                    # a dot: a single point is no line
+            x, y = place(*curve[-1])  # a dot: a single point is no line
             draw.ellipse((x - width, y - width, x + width, y + width), colour)
         draw.rectangle((left, top, right, bottom), outline="black", width=2)
         text((left + right) / 2, 870, "step")
-    picture.reduce(2).save(path)                                              # smooth slanted lines
+    picture.reduce(2).save(path)  # smooth slanted lines
+
 
 def run(runs: list, out: str = "", curves: str = CURVES, first: int = 0) -> Path:
     """Draws the curves of some runs; returns the path that was written. Raises BadInput."""
     logs = {name: read_log(run, first) for name, run in by_name(runs).items()}
     logs = {name: log for name, log in logs.items() if log}
     if not logs or len(logs) > len(COLOURS):
-        raise BadInput(f"{len(logs)} of these runs logged something (log.jsonl) from step {first} "
-                       f"on: it must be 1 to {len(COLOURS)}")
+        raise BadInput(
+            f"{len(logs)} of these runs logged something (log.jsonl) from step {first} "
+            f"on: it must be 1 to {len(COLOURS)}"
+        )
     folder = Path(out or folder_of(runs[0]))
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(logs, curves.split(","), path := folder / "curves.png")
     return path
 
+
 def main() -> None:
     """Draws from the command line; bad input ends it with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with log.jsonl")
     parser.add_argument("--out", default="", help="folder to write into [that of the first RUN]")
     parser.add_argument("--first", type=int, default=0, help="step to begin with [0]")
@@ -111,6 +136,7 @@ def main() -> None:
         print(run(**vars(parser.parse_args())))
     except BadInput as error:
         sys.exit(f"curves.py: {error}")
+
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ RUN is a run folder or a checkpoint. Into --out, by default the folder of the fi
   curves.png    Fig. 2c, 2d: loss, alignment and gap as logged in training; tests/curves.py alone
                 draws these and any other curve, also of runs that align nothing
 """
+
 import argparse, dataclasses, json, math, sys
 from pathlib import Path
 
@@ -25,23 +26,27 @@ import maskalign
 from maskalign import BadInput, alignment_gap, seeded, training_losses
 from sample import load_checkpoint
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                                                      # Tab. 8
-BATCH = 64                                # images at a time; the gap is taken on the first 64
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # Tab. 8
+BATCH = 64  # images at a time; the gap is taken on the first 64
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis
+
 
 # ---- 1. The two measurements ---------------------------------------------------------------------
 def gradient_norms(model, x, y, z, config, **drawn) -> torch.Tensor:
     """g_i = |d L_REPA / d h_i| (Eq. 5): (N, K), per image, for the patch tokens that went in.
     L_REPA is the loss of each image alone; h, after block align_depth, is what is projected."""
     leaves = []
-    def cut(projector, inputs):    # the graph begins here: with frozen weights it is short
+
+    def cut(projector, inputs):  # the graph begins here: with frozen weights it is short
         leaves.append(inputs[0].detach().requires_grad_())
         return leaves[0]
+
     with model.projectors[0].register_forward_pre_hook(cut):
         align = training_losses(model, x, y, z, config, **drawn)["align"]
     # Images do not mix: the gradient of the sum over images holds that of each, exactly.
     (g,) = torch.autograd.grad(len(x) * align, leaves)
-    return g[:, int(config.class_token):].norm(dim=-1)
+    return g[:, int(config.class_token) :].norm(dim=-1)
+
 
 def membership(norms: torch.Tensor, ids_keep: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """norms, ids_keep (N, K) -> share of images with the position in their top 10%: (T,)."""
@@ -51,14 +56,21 @@ def membership(norms: torch.Tensor, ids_keep: torch.Tensor, num_tokens: int) -> 
     hits = torch.bincount(ids_keep.gather(1, top).flatten(), minlength=num_tokens)
     return hits / torch.bincount(ids_keep.flatten(), minlength=num_tokens).clamp(min=1)
 
+
 def describe(norms: torch.Tensor, ids_keep: torch.Tensor, num_tokens: int) -> dict:
     """The map of membership and its numbers. A smallest probability of 0 enters the ratio as one
     image would: so the ratio is finite, and marked as a lower bound."""
     p, one_image = membership(norms, ids_keep, num_tokens), num_tokens / ids_keep.numel()
     ratio, side = p.max() / p.min().clamp(min=one_image), math.isqrt(num_tokens)
-    return dict(largest=p.max().item(), smallest=p.min().item(), std=p.std().item(),
-                ratio=ratio.item(), ratio_is_lower_bound=p.min().item() == 0,
-                map=p.view(side, side).tolist())
+    return dict(
+        largest=p.max().item(),
+        smallest=p.min().item(),
+        std=p.std().item(),
+        ratio=ratio.item(),
+        ratio_is_lower_bound=p.min().item() == 0,
+        map=p.view(side, side).tolist(),
+    )
+
 
 def measure(model, config, args: argparse.Namespace) -> dict:
     """Maps and gaps of a network, on images of its run with their labels, in float32."""
@@ -66,30 +78,44 @@ def measure(model, config, args: argparse.Namespace) -> dict:
     torch.backends.cudnn.allow_tf32 = False
     typed = {k: v for k in ("data", "vae_weights", "teacher_weights") if (v := getattr(args, k))}
     config = dataclasses.replace(config, mask_ratio=0.0, **typed)
-    if not config.data and config.vae != "none":       # a published file: it is no demo
+    if not config.data and config.vae != "none":  # a published file: it is no demo
         raise BadInput("the checkpoint does not say where its images are: name them with --data")
-    dataset = (maskalign.FolderImages(config.data, config.image_size) if config.data
-               else maskalign.demo_shapes(config.image_size))
+    dataset = (
+        maskalign.FolderImages(config.data, config.image_size)
+        if config.data
+        else maskalign.demo_shapes(config.image_size)
+    )
     if len(dataset.classes) != config.num_classes:
-        raise BadInput(f"{config.data or 'the demo'} has {len(dataset.classes)} classes, the "
-                       f"checkpoint {config.num_classes}: name the run's images with --data")
+        raise BadInput(
+            f"{config.data or 'the demo'} has {len(dataset.classes)} classes, the "
+            f"checkpoint {config.num_classes}: name the run's images with --data"
+        )
     model, vae = model.to(device), maskalign.build_vae(config, device)
     teacher = maskalign.build_teacher(config, dataset, device)
     # Drawn on the CPU for all images at once: the same in any run, at every t, masked or not.
     n, num_tokens = min(args.images, len(dataset)), model.x_embedder.num_patches
     generator = seeded("cpu", "figure2", args.seed)
     picks = torch.randperm(len(dataset), generator=generator)[:n].tolist()
-    drawn = maskalign.draw_step(n, config.latent_shape, config.z_dim, config, generator,
-                                drop=torch.zeros(n, dtype=torch.bool))
-    masks = [maskalign.sample_token_subset(n, num_tokens, args.mask_ratio, generator)
-             for _ in range(args.masks)]
+    drawn = maskalign.draw_step(
+        n,
+        config.latent_shape,
+        config.z_dim,
+        config,
+        generator,
+        drop=torch.zeros(n, dtype=torch.bool),
+    )
+    masks = [
+        maskalign.sample_token_subset(n, num_tokens, args.mask_ratio, generator)
+        for _ in range(args.masks)
+    ]
     ids = dict(full=torch.arange(num_tokens).expand(n, -1), masked=masks[0])
     norms, gaps = {(t, mode): [] for mode in ids for t in TIMES}, {}
     for first, batch in zip(tqdm(range(0, n, BATCH)), DataLoader(Subset(dataset, picks), BATCH)):
         rows = slice(first, first + BATCH)
-        mine = {name: drawn[name][rows].to(device)
-                for name in ("noise", "cls_noise", "drop", "lag")}
-        mine["ema"] = model                               # SRA's teacher is the network itself
+        mine = {
+            name: drawn[name][rows].to(device) for name in ("noise", "cls_noise", "drop", "lag")
+        }
+        mine["ema"] = model  # SRA's teacher is the network itself
         x, y, z = maskalign.load_batch(batch, torch.zeros_like(mine["noise"]), vae, teacher)
         inputs = (model, x, y, z, config)
         for t in TIMES:
@@ -98,32 +124,45 @@ def measure(model, config, args: argparse.Namespace) -> dict:
                 g = gradient_norms(*inputs, ids_keep=ids[mode][rows].to(device), **mine)
                 norms[t, mode].append(g.cpu())
             if first == 0:
-                gaps[t] = torch.tensor([
-                    alignment_gap(*inputs, ids_keep=m[rows].to(device), **mine)[0] for m in masks])
+                gaps[t] = torch.tensor(
+                    [alignment_gap(*inputs, ids_keep=m[rows].to(device), **mine)[0] for m in masks]
+                )
     gaps["all"] = torch.stack(list(gaps.values())).mean(dim=0)
     no_pattern = torch.rand(n, num_tokens, generator=generator)
-    return dict(method=config.method, size=config.size, seed=config.seed, images=n,
-                maps=[dict(t=t, input=mode, **describe(torch.cat(g), ids[mode], num_tokens))
-                      for (t, mode), g in norms.items()],
-                by_chance=describe(no_pattern, ids["full"], num_tokens),
-                gap={t: dict(mean=g.mean().item(), std=g.std().item()) for t, g in gaps.items()})
+    return dict(
+        method=config.method,
+        size=config.size,
+        seed=config.seed,
+        images=n,
+        maps=[
+            dict(t=t, input=mode, **describe(torch.cat(g), ids[mode], num_tokens))
+            for (t, mode), g in norms.items()
+        ],
+        by_chance=describe(no_pattern, ids["full"], num_tokens),
+        gap={t: dict(mean=g.mean().item(), std=g.std().item()) for t, g in gaps.items()},
+    )
+
 
 # ---- 2. The pictures -----------------------------------------------------------------------------
 def in_words(m: dict) -> str:
     more = ">" if m["ratio_is_lower_bound"] else ""
     return f"{m['smallest']:.2f} to {m['largest']:.2f}, {more}{m['ratio']:.3g}x"
 
+
 def draw_maps(results: dict, path: Path) -> None:
     """A row for each run and input, a column for each t; one colour range for all, [0, 0.8]."""
     rows = [(name, mode) for name in results for mode in ("full", "masked")]
     width, height = 190 + 166 * len(TIMES) + 150, 100 + 196 * len(rows)
     picture = Image.new("RGB", (width, height), "white")
+
     def text(x, y, words, size, anchor="mm"):
         ImageDraw.Draw(picture).text((x, y), words, "black", font_size=size, anchor=anchor)
+
     def paste(p, x, y, *size):
         stops = np.linspace(0, 0.8, len(COLOURS))
         rgb = np.stack([np.interp(p, stops, part) for part in zip(*COLOURS)], axis=-1)
         picture.paste(Image.fromarray(rgb.astype(np.uint8)).resize(size, Image.NEAREST), (x, y))
+
     text(width / 2, 26, "Share of images with the token in their top 10% by alignment gradient", 24)
     for row, (name, mode) in enumerate(rows):
         y = 100 + 196 * row
@@ -138,11 +177,15 @@ def draw_maps(results: dict, path: Path) -> None:
         text(width - 112, height - 46 - (height - 146) * p / 0.8, f"{p}{note}", 16, "lm")
     picture.save(path)
 
+
 # ---- 3. The command ------------------------------------------------------------------------------
 def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder, or a checkpoint")
     add("--data", default="", help="image folder [that of the run]")
@@ -154,24 +197,29 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     add("--mask_ratio", type=float, default=0.25, help="share of the tokens they drop [0.25]")
     add("--seed", type=int, default=0, help="decides images, noise and masks [0]")
     args = parser.parse_args(argv)
-    for name, fits, rule in (("images", args.images > 0, "above 0"),
-                             ("masks", args.masks > 1, "2 or above"),
-                             ("mask_ratio", 0 < args.mask_ratio < 1, "between 0 and 1")):
+    for name, fits, rule in (
+        ("images", args.images > 0, "above 0"),
+        ("masks", args.masks > 1, "2 or above"),
+        ("mask_ratio", 0 < args.mask_ratio < 1, "between 0 and 1"),
+    ):
         if not fits:
             raise BadInput(f"{name} is {getattr(args, name)}: it must be {rule}")
     return args
 
+
 def run(args: argparse.Namespace) -> list:
     """What the command line asks for; returns the paths that were written. Raises BadInput."""
     loaded, steps, results = {}, {}, {}
-    for name, typed in curves.by_name(args.runs).items():     # all, before the long work begins
+    for name, typed in curves.by_name(args.runs).items():  # all, before the long work begins
         path = Path(typed, "latest.pt") if Path(typed).is_dir() else typed
         model, config = loaded[name] = load_checkpoint(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):        # as load_checkpoint
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as load_checkpoint
             steps[name] = maskalign.read_weights(str(path)).get("step")
         if not model.align_depth:
-            raise BadInput(f"{typed} ({config.method}) aligns nothing, so it has no gradient to "
-                           "draw: leave it out, or draw its curves with tests/curves.py")
+            raise BadInput(
+                f"{typed} ({config.method}) aligns nothing, so it has no gradient to "
+                "draw: leave it out, or draw its curves with tests/curves.py"
+            )
     for name, (model, config) in loaded.items():
         results[name] = dict(steps=steps[name], **measure(model, config, args))
         for m in results[name]["maps"]:
@@ -187,12 +235,14 @@ def run(args: argparse.Namespace) -> list:
         written.append(curves.run(args.runs, str(out)))
     return written
 
+
 def main() -> None:
     """Measures from the command line; bad input ends it with one sentence."""
     try:
         print(*run(parse_args()), sep="\n")
     except BadInput as error:
         sys.exit(f"figure2.py: {error}")
+
 
 if __name__ == "__main__":
     main()

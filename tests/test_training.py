@@ -102,9 +102,12 @@ def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_its_ema_follows(method, tmp_path):
-    train(make_config(method=method, out=str(tmp_path), **TINY))
-    state, config = checkpoint(tmp_path), make_config(method=method, out=str(tmp_path), **TINY)
+def test_each_row_trains_and_samples_on_the_demo_and_its_ema_follows(method, tmp_path):
+    shallow = {"self_depth": 3} if method == "sra" else {}
+    config = make_config(method=method, out=str(tmp_path), **TINY, **shallow)
+    train(config)
+    state = checkpoint(tmp_path)
+    assert (tmp_path / "samples-0000006.png").exists() and len(log(tmp_path)) == 3
     fresh = build_model(maskalign.Config(**state["config"])).state_dict()
     assert state["step"] == 6 and set(state) == {"model", "ema", "optimizer", "step", "config"}
     assert state["config"]["method"] == config.method and state["config"]["num_classes"] == 8
@@ -142,13 +145,13 @@ def test_interrupted_run_ends_bit_equal(tmp_path, monkeypatch):
     train(make_config(out=str(tmp_path / "whole"), **TINY))
     replace, saves = os.replace, []
 
-    def kill_after_the_first_save(*names):
+    def stop_after_the_first_save(*names):
         replace(*names)
         saves.append(names)
-        if len(saves) == 1:
+        if len(saves) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", kill_after_the_first_save)
+    monkeypatch.setattr(os, "replace", stop_after_the_first_save)
     config = make_config(out=str(tmp_path / "cut"), **TINY)
     with pytest.raises(KeyboardInterrupt):
         train(config)

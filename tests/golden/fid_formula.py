@@ -15,17 +15,21 @@ The numbers in fid.json (or the file named by $FID_GOLDEN) were computed with th
 its 'about' entry describes every field.  The definition of the public set is in this file; that of
 any other set is in the json file itself, so this file can be handed out alone.
 """
+
 import hashlib
 import json
 import os
 
 import numpy as np
 
-GOLDEN = os.environ.get("FID_GOLDEN", os.path.join(os.path.dirname(os.path.abspath(__file__)), "fid.json"))
+GOLDEN = os.environ.get(
+    "FID_GOLDEN", os.path.join(os.path.dirname(os.path.abspath(__file__)), "fid.json")
+)
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 # ------------------------------------------------------------------------------- integer hashing
+
 
 def fnv1a(text):
     """64-bit FNV-1a hash of a string, as a Python int."""
@@ -52,6 +56,7 @@ def uniform(tag, shape):
 
 
 # --------------------------------------------------------------------------------- weight formula
+
 
 def weight(name, shape, seed):
     """The synthetic value of one state-dict entry (numpy array) from its name, shape and seed.
@@ -87,8 +92,8 @@ def weight(name, shape, seed):
     elif len(shape) == 4:
         fan_in = int(np.prod(shape[1:]))
         k = hash_ints(tag, shape[0] * fan_in).reshape(shape[0], fan_in)
-        part = 1 if name.startswith("Conv2d_1a") else 2             # half of the mean, or all of it
-        k = 2 * fan_in * k - part * k.sum(1, keepdims=True)       # int64, exact
+        part = 1 if name.startswith("Conv2d_1a") else 2  # half of the mean, or all of it
+        k = 2 * fan_in * k - part * k.sum(1, keepdims=True)  # int64, exact
         gain = GAINS.get(name.split(".")[0], 1.15)
         w = (k / (2 * fan_in * 8388608.0)) * (gain * np.sqrt(6.0 / fan_in))
         w = w.reshape(shape)
@@ -108,6 +113,7 @@ def state_dict(shapes, seed):
 
 # ---------------------------------------------------------------------------------- image formula
 
+
 def _triangle(v):
     v = v & 511
     return np.where(v < 256, v, 511 - v)
@@ -119,14 +125,18 @@ def image(tag, height, width, style):
     Coordinates are scaled to 0..1023 first, so a picture has the same content at every size (the
     grain apart).  `style` (0..255) shifts the distribution: colours, stripe rate and grain.
     """
-    p = (hash_ints(tag, 48) + (1 << 23)).tolist()                # 48 numbers in [0, 2**24)
-    r = lambda i, n: (p[i] * n) >> 24                            # integer in [0, n)
+    p = (hash_ints(tag, 48) + (1 << 23)).tolist()  # 48 numbers in [0, 2**24)
+    r = lambda i, n: (p[i] * n) >> 24  # integer in [0, n)
     y = ((2 * np.arange(height, dtype=np.int64) + 1) * 512 // height)[:, None, None]
     x = ((2 * np.arange(width, dtype=np.int64) + 1) * 512 // width)[None, :, None]
     colour = lambda i: np.array([r(i, 256), r(i + 1, 256), r(i + 2, 256)], np.int64)[None, None, :]
     # smooth background: bilinear blend of four corner colours
-    img = (colour(0) * (1023 - x) * (1023 - y) + colour(3) * x * (1023 - y)
-           + colour(6) * (1023 - x) * y + colour(9) * x * y) // (1023 * 1023)
+    img = (
+        colour(0) * (1023 - x) * (1023 - y)
+        + colour(3) * x * (1023 - y)
+        + colour(6) * (1023 - x) * y
+        + colour(9) * x * y
+    ) // (1023 * 1023)
     img = (img * (160 + r(12, 96)) + style * 64) // 256
     # stripes of triangular profile in any direction
     amp = r(13, 120)
@@ -151,8 +161,12 @@ def image(tag, height, width, style):
 
 
 PUBLIC = {  # image sets: name -> [number of images, height, width, style, seed]
-    "sets": {"A": [64, 64, 64, 40, 1], "B": [64, 64, 64, 90, 2],
-             "C": [32, 256, 256, 40, 3], "D": [24, 256, 256, 100, 4]},
+    "sets": {
+        "A": [64, 64, 64, 40, 1],
+        "B": [64, 64, 64, 90, 2],
+        "C": [32, 256, 256, 40, 3],
+        "D": [24, 256, 256, 100, 4],
+    },
     "weight_seed": 20151205,
     "variant": 0,
 }
@@ -173,11 +187,22 @@ def images(which, name):
 def resize_cases(which):
     """{case: uint8 [H,W,3]} single images of many sizes, non-square ones included."""
     q = definition(which)["variant"]
-    sizes = [(32, 32), (64, 64), (256, 256), (299, 299), (512, 512), (72 + 9 * q, 96), (300, 47 + q), (5, 7), (1, 1)]
+    sizes = [
+        (32, 32),
+        (64, 64),
+        (256, 256),
+        (299, 299),
+        (512, 512),
+        (72 + 9 * q, 96),
+        (300, 47 + q),
+        (5, 7),
+        (1, 1),
+    ]
     return {f"{h}x{w}": image(f"resize/{which}/{h}x{w}", h, w, 70) for h, w in sizes}
 
 
 # ------------------------------------------------------------- inputs for the pure statistics
+
 
 def cloud(tag, kind, n, d, **kw):
     """float32 [n,d] feature clouds, each value exactly representable.
@@ -188,7 +213,9 @@ def cloud(tag, kind, n, d, **kw):
                then multiplied by scale / 2048 (scale a power of two); `shift` moves the offset
     """
     if kind == "uniform":
-        return (uniform(tag, (n, d)) * kw.get("scale", 1.0) + kw.get("shift", 0.0)).astype(np.float32)
+        return (uniform(tag, (n, d)) * kw.get("scale", 1.0) + kw.get("shift", 0.0)).astype(
+            np.float32
+        )
     if kind == "lattice":
         half = kw["half"]
         return ((hash_ints(tag, n * d) * half) >> 23).reshape(n, d).astype(np.float32)
@@ -227,15 +254,18 @@ def gaussian(tag, d, rank, mu_scale=1.0, zero_from=None):
 
 # ---------------------------------------------------------------------- the cases of fid.json
 
+
 def frechet_cases(which):
     """{case: (mu1, sigma1, mu2, sigma2)}"""
     s, q = f"frechet/{which}", definition(which)["variant"]
     g = lambda name, *a, **k: gaussian(f"{s}/{name}", *a, **k)
     d, e = 12 + 5 * q, 64 + 16 * q
     one = (np.array([0.5]), np.array([[2.25]]), np.array([-1.0]), np.array([[0.25]]))
-    diag1, diag2 = (np.arange(1, d + 1) % 5).astype(np.float64) ** 2, (np.arange(d) % 4).astype(np.float64) ** 2
+    diag1, diag2 = (np.arange(1, d + 1) % 5).astype(np.float64) ** 2, (np.arange(d) % 4).astype(
+        np.float64
+    ) ** 2
     out = {
-        "one_dim": one,                                                     # 2.25 + (1.5-0.5)^2 = 3.25
+        "one_dim": one,  # 2.25 + (1.5-0.5)^2 = 3.25
         "diagonal_singular": (np.zeros(d), np.diag(diag1), np.full(d, 0.25), np.diag(diag2)),
         "full_rank": g("a", d, 3 * d) + g("b", d, 3 * d),
         "identical": g("a", d, 3 * d) * 2,
@@ -256,14 +286,35 @@ def pr_cases(which):
     c = lambda name, *a, **k: cloud(f"{s}/{name}", *a, **k)
     q = definition(which)["variant"]
     return {
-        "plane": (c("p1", "uniform", 300 + 50 * q, 2), c("p2", "uniform", 400 - 70 * q, 2, scale=0.75, shift=0.5)),
-        "cloud64": (c("c1", "uniform", 350, 64), c("c2", "uniform", 280 + 60 * q, 64, scale=1.02, shift=0.05)),
-        "lattice_ties": (c("l1", "lattice", 260, 3, half=5 + q), c("l2", "lattice", 310, 3, half=6 + q)),
-        "lattice_duplicates": (c("d1", "lattice", 200, 2, half=3 + q), c("d2", "lattice", 150, 2, half=5 + q)),
+        "plane": (
+            c("p1", "uniform", 300 + 50 * q, 2),
+            c("p2", "uniform", 400 - 70 * q, 2, scale=0.75, shift=0.5),
+        ),
+        "cloud64": (
+            c("c1", "uniform", 350, 64),
+            c("c2", "uniform", 280 + 60 * q, 64, scale=1.02, shift=0.05),
+        ),
+        "lattice_ties": (
+            c("l1", "lattice", 260, 3, half=5 + q),
+            c("l2", "lattice", 310, 3, half=6 + q),
+        ),
+        "lattice_duplicates": (
+            c("d1", "lattice", 200, 2, half=3 + q),
+            c("d2", "lattice", 150, 2, half=5 + q),
+        ),
         "tiny_sets": (c("t1", "uniform", 4, 3), c("t2", "uniform", 5 + q, 3)),
-        "feature256": (c("f1", "feature", 900, 256, rank=16), c("f2", "feature", 800 + 150 * q, 256, rank=16, shift=40)),
-        "feature2048": (c("g1", "feature", 500 + 40 * q, 2048, rank=24, scale=0.5), c("g2", "feature", 450, 2048, rank=24, scale=0.5, shift=20)),
-        "fp16_overflow": (c("o1", "feature", 300, 256, rank=16, scale=32), c("o2", "feature", 320 + 20 * q, 256, rank=16, scale=32, shift=40)),
+        "feature256": (
+            c("f1", "feature", 900, 256, rank=16),
+            c("f2", "feature", 800 + 150 * q, 256, rank=16, shift=40),
+        ),
+        "feature2048": (
+            c("g1", "feature", 500 + 40 * q, 2048, rank=24, scale=0.5),
+            c("g2", "feature", 450, 2048, rank=24, scale=0.5, shift=20),
+        ),
+        "fp16_overflow": (
+            c("o1", "feature", 300, 256, rank=16, scale=32),
+            c("o2", "feature", 320 + 20 * q, 256, rank=16, scale=32, shift=40),
+        ),
     }
 
 
@@ -277,11 +328,15 @@ def is_cases(which):
         "classes1008": (logits(f"{s}/b", 300, 1008, 12.0, 40 + 9 * q), 125),
         "two_full_splits_of_5000": (logits(f"{s}/c", 10000, 20, 4.0, 11 + q), 5000),
         "one_image": (logits(f"{s}/d", 1, 30, 3.0, 5), 5000),
-        "saturated": (logits(f"{s}/e", 64, 40, 300.0, 9 + q), 5000),   # float32 softmax underflows to 0
+        "saturated": (
+            logits(f"{s}/e", 64, 40, 300.0, 9 + q),
+            5000,
+        ),  # float32 softmax underflows to 0
     }
 
 
 # ------------------------------------------------------------------------------------------ golden
+
 
 def load(which=None):
     """The golden file as a dict, or one of its sets, for example 'public'."""
