@@ -36,9 +36,7 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")             # ADM's names; _s: s
 # source: path of an npz, list of files, or tensor (count, H, W, 3); size: (H, W)
 Images = namedtuple("Images", "name source count size")
 
-
 # ---- 1. The FID Inception: the network behind every published FID --------------------------------
-
 def resize_tf1(images: torch.Tensor, size: int = 299) -> torch.Tensor:
     """Bilinear resize of TensorFlow 1: (N, C, H, W) -> float32 (N, C, size, size), range kept.
 
@@ -53,7 +51,6 @@ def resize_tf1(images: torch.Tensor, size: int = 299) -> torch.Tensor:
         left, right = (x.index_select(dim, i) for i in (low, (low + 1).clamp(max=last)))
         x = left + (right - left) * weight
     return x
-
 
 def mixed(block: nn.Module, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     """A block of Inception, wired by the names of its layers: branches side by side, then joined.
@@ -72,7 +69,6 @@ def mixed(block: nn.Module, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tens
         else:
             outs[branch] = layer(outs.get(branch, x))
     return torch.cat([*outs.values(), pooled], dim=1)
-
 
 class FIDInception(Inception3):
     """The Inception of 2015-12-05: uint8 (N, 3, H, W) -> pool (N, 2048), spatial (N, 2023).
@@ -98,7 +94,6 @@ class FIDInception(Inception3):
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)     # order: row, column, channel
         return x.mean(dim=(2, 3)), spatial
 
-
 def load_inception(path: str = "") -> tuple[FIDInception, str]:
     """The network ready for use, and the hash of its weights file: `path`, or the published one.
     Raises BadInput: offline without a file, or a file of something else."""
@@ -123,20 +118,16 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
     return net.to(memory_format=torch.channels_last), sha256([path])    # both: twice as fast on CPU
 
-
 # ---- 2. The metrics: functions of features, in float64 -------------------------------------------
-
 def add_moments(sums: torch.Tensor, x: torch.Tensor) -> None:
     """Adds features (n, D) to sums (D + 1, D + 1) of x x^T, x and 1; sums of processes add up."""
     x = F.pad(x.double(), (0, 1), value=1.0)
     sums.addmm_(x.T, x)
 
-
 def mean_and_covariance(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (D,) and covariance (D, D), with ddof 1, of everything added to `sums`."""
     n, mu = sums[-1, -1], sums[-1, :-1] / sums[-1, -1]
     return mu, (sums[:-1, :-1] - n * torch.outer(mu, mu)) / (n - 1)
-
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), of (D,) and (D, D).
@@ -158,7 +149,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(distance.item(), 0.0)                                  # equal sets: about -1e-13
 
-
 def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
     """exp of the mean of KL(p(class | image) || p(class)), averaged over splits of the images.
 
@@ -171,13 +161,11 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
         scores.append((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp().item())
     return sum(scores) / len(scores)
 
-
 def squared_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """float64 (n, D), (m, D) -> (n, m); what is mere rounding becomes 0, as duplicates need."""
     norms = u.square().sum(dim=1)[:, None] + v.square().sum(dim=1)
     distances = norms - 2 * u @ v.T
     return distances.where(distances > 1e-12 * norms, 0.0)
-
 
 def precision_recall(ref: torch.Tensor, sample: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (R, D) and (N, D).
@@ -199,9 +187,7 @@ def precision_recall(ref: torch.Tensor, sample: torch.Tensor, k: int = 3) -> tup
         recalled |= (distances <= reach[:, None]).any(dim=0)
     return hits / len(sample), recalled.sum().item() / len(ref)
 
-
 # ---- 3. Images: an npz or a folder, read batch by batch ------------------------------------------
-
 def open_images(path: str) -> Images | None:
     """The Images of a folder, at any depth and in natural order, or of an npz; None where an npz
     has only statistics. Looks at headers alone. Raises BadInput for what is not uint8 RGB."""
@@ -227,7 +213,6 @@ def open_images(path: str) -> Images | None:
                        "255, uint8 (N, H, W, 3) in C order")
     return Images(path, path, shape[0], shape[1:3])
 
-
 def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np.ndarray | None:
     """An image file -> uint8 (H, W, 3), or only its check. Raises BadInput, naming the file."""
     try:
@@ -240,14 +225,12 @@ def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np
     except OSError as error:
         raise BadInput(f"{file} is no readable image: mend or remove it") from error
 
-
 def open_array(archive: zipfile.ZipFile) -> tuple:
     """(stream at the first pixel, shape, fortran_order, dtype) of arr_0 in an npz: unlike np.load
     it needs no memory for the array, and never unpickles."""
     stream = archive.open("arr_0.npy")
     header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     return stream, *header[np.lib.format.read_magic(stream)[0]](stream)
-
 
 def read_batches(images: Images, first: int, last: int, batch_size: int):
     """Yields images first..last - 1 as uint8 (n, H, W, 3); holds one batch at a time."""
@@ -270,7 +253,6 @@ def read_batches(images: Images, first: int, last: int, batch_size: int):
             except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                 raise BadInput(f"{images.name} is damaged ({error}): write it anew") from error
 
-
 def sha256(parts: list) -> str:
     """The first 16 digits of the sha256 of files or tensors in a row."""
     digest = hashlib.sha256()
@@ -279,9 +261,7 @@ def sha256(parts: list) -> str:
                       else np.memmap(part, np.uint8, "r"))
     return digest.hexdigest()[:16]
 
-
 # ---- 4. From images to statistics ----------------------------------------------------------------
-
 def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.Module, dict]:
     """The frozen network of --features, and what the protocol says of it. Raises BadInput."""
     if name == "inception":
@@ -298,7 +278,6 @@ def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.M
     digest = digest if name == "inception" else sha256(list(net.state_dict().values()))
     return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
 
-
 def extract(net: nn.Module, images: torch.Tensor) -> tuple:
     """uint8 (N, 3, H, W) -> features (N, D), and spatial ones (N, D') where sFID makes sense."""
     if isinstance(net, FIDInception):
@@ -307,7 +286,6 @@ def extract(net: nn.Module, images: torch.Tensor) -> tuple:
     if net.vit.num_classes == 0:                                      # DINOv2 knows no classes
         return (cls,)
     return cls + patches.mean(dim=1), patches[..., :7].flatten(1)     # what the demo's head reads
-
 
 @torch.no_grad()
 def measure(images: Images, net: nn.Module, device, rank: int = 0, world_size: int = 1,
@@ -341,7 +319,6 @@ def measure(images: Images, net: nn.Module, device, rank: int = 0, world_size: i
     moments = [x for total in sums for x in mean_and_covariance(total)]
     return dict(zip(STATISTICS, moments), features=features)
 
-
 def stored_statistics(path: str, images: Images | None, about: dict) -> dict:
     """What an npz of ADM's or of --save_stats already knows: some of the keys of `measure`.
 
@@ -364,7 +341,6 @@ def stored_statistics(path: str, images: Images | None, about: dict) -> dict:
                        f"not of {about['features']} {about['weights']}: measure that set anew")
     return known if same else {}
 
-
 @torch.no_grad()
 def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
     """The five numbers of two results of `measure`; None where something is missing for one."""
@@ -382,9 +358,7 @@ def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
             ref["features"], sample["features"])
     return numbers
 
-
 # ---- 5. The command ------------------------------------------------------------------------------
-
 def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -417,7 +391,6 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
         if not fits:
             raise BadInput(f"{name} is {getattr(args, name)!r}: it must be {rule}")
     return args
-
 
 def run(args: argparse.Namespace) -> dict | None:
     """What the command line asks for; returns the numbers and their protocol (on rank 0)."""
@@ -490,14 +463,12 @@ def run(args: argparse.Namespace) -> dict | None:
         Path(args.json).write_text(json.dumps(result, indent=1))
     return result
 
-
 def main() -> None:
     """Scores from the command line; bad input ends it with one sentence."""
     try:
         run(parse_args())
     except (BadInput, OSError) as error:
         sys.exit(f"fid.py: {error}")
-
 
 if __name__ == "__main__":
     main()

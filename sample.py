@@ -10,17 +10,7 @@ CKPT is a checkpoint of ours or a published one of SiT, REPA or REG. A grid uses
 no guidance: as the papers); typed flags win. Image i depends on --seed and i alone: on CPU its
 bytes are the same for any number of processes and any batch size; on GPU up to rounding.
 """
-import argparse
-import contextlib
-import dataclasses
-import functools
-import hashlib
-import json
-import math
-import os
-import shutil
-import sys
-import time
+import argparse, contextlib, dataclasses, functools, hashlib, json, math, os, shutil, sys, time
 import zipfile
 from pathlib import Path
 
@@ -41,9 +31,7 @@ PRESETS = {"grid": dict(sampler="ode", steps=25, cfg_scale=2.0),
 GROUP = 16     # on CPU the network always sees images 16 k to 16 k + 15 together
 SHARD = 256    # images per resumable part of a large run
 
-
 # ---- 1. Checkpoints: ours, and the published ones of SiT, REPA and REG ---------------------------
-
 def load_checkpoint(path: str, raw: bool = False, num_heads: int = 0) -> tuple[SiT, Config]:
     """The network of a checkpoint, in eval mode, and its config.
 
@@ -71,7 +59,6 @@ def load_checkpoint(path: str, raw: bool = False, num_heads: int = 0) -> tuple[S
         first = str(error).splitlines()[1].strip()[:150]
         raise BadInput(f"{path} does not fit the network it describes: {first}") from error
     return model.eval().requires_grad_(False), config
-
 
 def from_published(state: dict, path: str, num_heads: int = 0) -> tuple[dict, Config]:
     """A published state dict -> (weights in our convention, config read off the shapes)."""
@@ -104,9 +91,9 @@ def from_published(state: dict, path: str, num_heads: int = 0) -> tuple[dict, Co
         vae=Config.vae if channels == 4 else "none")
     if out_dim == 2 * channels * patch ** 2:          # learn_sigma: only the original SiT has it
         state = from_original_sit(state, channels)
-    state = {key: value for key, value in state.items() if not key.startswith("projectors.1")}
+    unused = ("projectors.1", "ap_head")    # of a second teacher (REPA), or of SRA's training
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
     return state, config
-
 
 def merge_halves(state: dict) -> dict:
     """REPA's first checkpoints number the blocks after the alignment layer anew: decoder_blocks."""
@@ -118,7 +105,6 @@ def merge_halves(state: dict) -> dict:
             key = f"blocks.{int(i) + first}.{rest}"
         renamed[key] = value
     return renamed
-
 
 def from_original_sit(state: dict, channels: int) -> dict:
     """The original SiT, whose time runs the other way, as a network of our convention. Exact.
@@ -138,9 +124,7 @@ def from_original_sit(state: dict, channels: int) -> dict:
         state[name] = -rows.flatten(0, 1)
     return state
 
-
 # ---- 2. Images that depend on (seed, index) alone ------------------------------------------------
-
 class InGroups:
     """Calls a network on GROUP images at a time: a result then cannot depend on the batch size."""
 
@@ -151,7 +135,6 @@ class InGroups:
         parts = [self.model(*group) for group in zip(*(part.split(GROUP) for part in inputs))]
         return SiTOutput(*(None if column[0] is None else torch.cat(column)
                            for column in zip(*parts)))
-
 
 def sample_images(model: SiT, vae, config: Config, indices: list, labels: list, args) -> np.ndarray:
     """Images uint8 (n, H, W, 3) of the given indices; labels of -1 are drawn at random.
@@ -178,7 +161,6 @@ def sample_images(model: SiT, vae, config: Config, indices: list, labels: list, 
     images = torch.cat([decode_latents(vae, part) for part in parts])
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
-
 def in_batches(model, vae, config, first: int, last: int, labels, args) -> np.ndarray:
     """Images first..last - 1; whole groups are computed, so that their members never change."""
     start, stop = first // GROUP * GROUP, -(-last // GROUP) * GROUP
@@ -188,9 +170,7 @@ def in_batches(model, vae, config, first: int, last: int, labels, args) -> np.nd
               for i in range(start, stop, size)]
     return np.concatenate(images)[first - start:last - start]
 
-
 # ---- 3. The two uses -----------------------------------------------------------------------------
-
 def draw_grid(model, vae, config, classes: list, args) -> Path:
     """One row of --per_class images for each class."""
     path = Path(args.out or Path(args.checkpoint).with_name("grid.png"))
@@ -200,7 +180,6 @@ def draw_grid(model, vae, config, classes: list, args) -> Path:
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     save_grid(images, [name_of(k, config) for k in classes], path)
     return path
-
 
 def draw_trajectory(model, vae, config, classes: list, args) -> Path:
     """One row for each class: the noisy state at nine times, from noise (left) to the image."""
@@ -221,7 +200,6 @@ def draw_trajectory(model, vae, config, classes: list, args) -> Path:
     film = torch.stack([frame[:len(classes)] for frame in frames], dim=1).flatten(0, 1)
     save_grid(film, [name_of(k, config) for k in classes], path)
     return path
-
 
 def write_many(model, vae, config, args, protocol: dict, rank: int, world_size: int) -> Path:
     """--num images as an ADM npz (arr_0, uint8 NHWC) or as PNG files; returns the path.
@@ -277,11 +255,9 @@ def write_many(model, vae, config, args, protocol: dict, rank: int, world_size: 
     shutil.rmtree(work, ignore_errors=True)
     return out
 
-
 def name_of(k: int, config: Config) -> str:
     """The name of class k in the data, or its number where the checkpoint tells no names."""
     return config.class_names[k] if config.class_names else str(k)
-
 
 def parse_classes(text: str, config: Config) -> list:
     """`207,360` or names, as in the data -> labels. Without any: eight classes, evenly spread."""
@@ -295,7 +271,6 @@ def parse_classes(text: str, config: Config) -> list:
             raise BadInput(f"unknown class {part.strip()!r}: choose from 0 to "
                            f"{config.num_classes - 1}{some}")
     return [names[part.strip()] for part in text.split(",")]
-
 
 def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line, with the preset filled in. Raises BadInput."""
@@ -344,7 +319,6 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
             raise BadInput(f"{name} is {getattr(args, name)}: it must be {rule}")
     return args
 
-
 def run(args: argparse.Namespace) -> Path:
     """What the command line asks for; returns the path that was written."""
     rank, world_size, device = setup_distributed()
@@ -382,7 +356,6 @@ def run(args: argparse.Namespace) -> Path:
         dist.destroy_process_group()
     return path if rank == 0 else None
 
-
 def main() -> None:
     """Samples from the command line; bad input ends it with one sentence."""
     try:
@@ -391,7 +364,6 @@ def main() -> None:
         sys.exit(f"sample.py: {error}")
     except OSError as error:
         sys.exit(f"sample.py: cannot write: {error}; finished shards stay, run again to go on")
-
 
 if __name__ == "__main__":
     main()

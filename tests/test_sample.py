@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,9 +145,8 @@ def test_a_killed_run_goes_on_without_doing_finished_shards_again(
 
 
 def test_shards_of_other_settings_are_not_mixed_in(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sample.zipfile, "ZipFile", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    join = SimpleNamespace(ZipFile=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sample, "zipfile", join)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
     with pytest.raises(BadInput, match="x.npz.parts holds images of other settings: delete it"):
@@ -276,6 +276,33 @@ def test_the_original_sit_runs_in_our_time_through_the_loader(tmp_path):
         values, torch.tensor(gold["val"], dtype=torch.float64), rtol=0, atol=2e-6
     )
     assert patchify(found, 2).shape == v.shape
+
+
+def test_sras_training_head_is_left_out(tmp_path):
+    case = CASES["loss/sra_linear"]
+    torch.save({"ema": weights(case)}, tmp_path / "sra.pt")
+    model, config = sample.load_checkpoint(tmp_path / "sra.pt", num_heads=6)
+    assert not model.projectors and config.align_coeff == 0.0 and len(model.blocks) == 4
+    weight = dict(weights(case))["blocks.3.attn.qkv.weight"]
+    assert torch.equal(model.blocks[3].attn.qkv.weight.double(), weight.float().double())
+
+
+def test_a_network_with_cells_is_sampled_cell_by_cell(tmp_path, monkeypatch):
+    config = make_config(**{**TINY, "out": "x"}, method="xar", num_classes=8)
+    state = build_model(config).state_dict()
+    names = tuple(maskalign.SHAPES)
+    saved = maskalign.dataclasses.asdict(config) | {"class_names": names}
+    torch.save(dict(model=state, ema=state, step=1, config=saved), tmp_path / "latest.pt")
+    levels, forward = [], maskalign.SiT.forward
+    monkeypatch.setattr(
+        maskalign.SiT,
+        "forward",
+        lambda self, x, t, *rest: levels.append(t) or forward(self, x, t, *rest),
+    )
+    run(tmp_path / "latest.pt", "--classes=1", "--per_class=1")
+    assert {tuple(t[0].tolist()) for t in levels} == {
+        tuple([0.0] * k + [t] + [1.0] * (3 - k)) for k in range(4) for t in (1.0, 0.5)
+    }
 
 
 def test_published_sizes_are_recognised_by_their_shapes(tmp_path):
