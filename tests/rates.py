@@ -96,20 +96,19 @@ def inspect_step(step, resident: int, device) -> dict:
     return dict(GiB=peak / 2 ** 30, first_s=first, attention="+".join(sorted(kernels)), waits=waits)
 
 def loader_rates(c: ma.Config, device, needed: float) -> dict:
-    """Images/s of one loader process, and of --prepare on one core (on GPU: on one GPU); the cores
-    that feed `needed` images/s."""
+    """Images/s that one core reads, decodes and crops, the cores that feed `needed` images/s, and
+    what --prepare encodes besides: images/s of one core, or of the GPU."""
     threads, dataset = torch.get_num_threads(), ma.FolderImages(c.data, c.image_size)
     torch.set_num_threads(1)
-    part = Subset(dataset, [i % len(dataset) for i in range(8 * 32)])
-    loader = iter(DataLoader(part, 32, num_workers=1))
-    images = next(loader)[0]            # the worker has started; the other batches are to come
-    rates = dict(loader=7 * 32 / sum(seconds(device, loader)[0]))
-    rates["cores"] = needed / rates["loader"]
+    loader = DataLoader(Subset(dataset, [i % len(dataset) for i in range(256)]), 32)
+    rates = dict(loader=256 / sum(seconds(torch.device("cpu"), loader)[0]))
+    rates |= dict(needed=needed, cores=needed / rates["loader"])
     if c.vae_weights:
         vae, count = ma.build_vae(c, device), 32 if device.type == "cuda" else 2
-        images = images[:count].to(device)
+        images = next(iter(loader))[0][:count].to(device)
         laps = seconds(device, (ma.encode_images(vae, images) for _ in range(3)))[0]
-        rates["encode"] = count / median(laps)
+        rates |= dict(encode=count / median(laps))
+        rates |= dict(prepare=1 / (1 / rates["encode"] + 1 / rates["loader"]))
     torch.set_num_threads(threads)
     return rates
 

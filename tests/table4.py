@@ -75,7 +75,8 @@ def make_step(c: ma.Config, device, teacher) -> tuple:
     return c, step, held + 4 * sum(p.numel() for p in teacher.parameters()) if teacher else held
 
 def measure(configs: list, device, teacher, steps: int, rate: float) -> list:
-    """A dict for each config: one row of the table. On GPU one network at a time."""
+    """A dict for each config: one row of the table; of_reg and ratio compare FLOPs and time with
+    REG's row (or the first). On GPU one network at a time."""
     rows = []
     for group in [configs] if device.type == "cpu" else [[c] for c in configs]:
         built = [make_step(c, device, teacher) for c in group]
@@ -88,13 +89,14 @@ def measure(configs: list, device, teacher, steps: int, rate: float) -> list:
             total = median(map(sum, mine))
             rows.append(dict(
                 method=c.method, tokens=tokens(c)[1], floor=tokens(c)[2], GFLOP=flops / 1e9,
-                ms=1000 * total, ratio=0.0, images_s=c.batch_size / total,
+                of_reg=1.0, ms=1000 * total, ratio=1.0, images_s=c.batch_size / total,
                 MFU=flops * c.batch_size / total / rate,
                 **{name: 1000 * median(lap) for name, lap in zip(PHASES, zip(*mine))},
                 **notes[i], recompiled=graphs))
         del built
-    base = next((row["ms"] for row in rows if row["method"] == "reg"), float("nan"))
-    return [row | dict(ratio=row["ms"] / base) for row in rows]
+    reg = next((row for row in rows if row["method"] == "reg"), rows[0])
+    return [row | dict(of_reg=row["GFLOP"] / reg["GFLOP"], ratio=row["ms"] / reg["ms"])
+            for row in rows]
 
 def main() -> None:
     _, _, device = ma.setup_distributed()

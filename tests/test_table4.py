@@ -99,3 +99,17 @@ def test_step_is_that_of_train(monkeypatch, tmp_path):
     ma.train(config)
     first = calls.index("draw_step", 1 + calls.index("load_batch"))  # after the fixed batch
     assert [name for name in calls[first + 1 :]] == ours
+
+
+@pytest.mark.parametrize("method", ["maskalign", "haste", "xar"])
+def test_shapes_are_static_so_that_compile_never_compiles_again(method, monkeypatch):
+    built, build = [], ma.build_model
+    monkeypatch.setattr(ma, "build_model", lambda c: built.append(build(c)) or built[-1])
+    _, step, _ = table4.make_step(
+        make_config(method=method, batch_size=2), torch.device("cpu"), None
+    )
+    built[0].compile(backend="eager", fullgraph=True)
+    list(step())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        list(step())
+        list(step())
