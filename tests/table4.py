@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 
 sys.path[:0] = [str(ROOT := Path(__file__).resolve().parent.parent), str(ROOT / "tests")]
-os.environ |= dict(KINETO_LOG_LEVEL="9", TORCH_CPP_LOG_LEVEL="ERROR")    # before torch is loaded
+if __name__ == "__main__":      # quiet; it must be said before torch is loaded
+    os.environ |= dict(KINETO_LOG_LEVEL="9", TORCH_CPP_LOG_LEVEL="ERROR")
 import torch
 from torch._dynamo.utils import counters
 
