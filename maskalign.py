@@ -1,16 +1,14 @@
 """MaskAlign: token-subset representation alignment for diffusion transformers, in one file.
 
 Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One training step (Sec. 5.1):
-  1. A frozen teacher (DINOv2) reads the clean image: a token per patch, and a class token that
-     sums up the image (it is not the label y).
+  1. A frozen teacher (DINOv2) reads the clean image: a token per patch, and a class token.
   2. Latent x and class token are noised: x_t = (1 - t) x + t noise; t = 0 is data, t = 1 is noise.
   3. All 1 + T tokens pass a light mixing block, so that each knows of the others.
-  4. A random 25% of the patch tokens is dropped; the class token always stays.
+  4. A random 25% of the patch tokens is dropped (none in sampling); the class token stays.
   5. The kept tokens alone pass the transformer and predict the velocity noise - x.     (Eq. 10)
   6. After block `align_depth` they are projected and pulled towards the teacher's.     (Eq. 11)
      loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2
             - lambda mean_{cls, kept} cos(projected token, teacher token)
-Sampling keeps every token and needs no teacher.
 
   torchrun --nproc_per_node=1 maskalign.py                    a demo: no GPU, no data, no download
   python maskalign.py --data DIR --size SiT-B/2               one GPU, images as DIR/class/*.jpg
@@ -19,22 +17,17 @@ Sampling keeps every token and needs no teacher.
 Where to look: Tab. 7 is Config; Sec. 5.1 is sample_token_subset and SiT.forward; Eq. 10 and 11
 are training_losses; sampling is euler_maruyama; the teacher is ViTTeacher; the loop is train.
 """
-import argparse, copy, dataclasses, functools, hashlib, inspect, itertools, json, math, os, re
-import signal, sys, time, urllib.request, zipfile
-from collections import namedtuple
+import argparse, collections, copy, dataclasses, functools, hashlib, inspect, itertools, json
+import math, os, re, signal, sys, time, urllib.request, zipfile
 from pathlib import Path
 
-import huggingface_hub, safetensors.torch, timm
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
+import huggingface_hub, numpy as np, safetensors.torch, timm, torch, torchvision
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed, VisionTransformer
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision.datasets import ImageFolder
-from torchvision.utils import make_grid
+from timm.layers import GELUTanh, Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, distributed as dist, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
 class BadInput(ValueError):
@@ -53,7 +46,7 @@ class Config:
     mixer_depth: int = 2          # Tab. 7: mixing blocks before the mask
     mask_ratio: float = 0.25      # Tab. 7: share of the patch tokens dropped in training
     align_coeff: float = 0.5      # Tab. 7: lambda, weight of the alignment loss; 0: none
-    align_loss: str = "cosine"    # a row of ALIGN_LOSSES
+    align_loss: str = "cosine"    # or smooth_l1, as SRA
     cls_coeff: float = 0.03       # Tab. 7: beta, weight of the class token's velocity loss
     self_depth: int = 0           # SRA: align with our own EMA's tokens after this block
     attn_coeff: float = 0.0       # HASTE: weight of the attention distillation; 0: none
@@ -98,21 +91,19 @@ class Config:
     save_every: int = 10_000      # steps between checkpoints
     keep: int = 2                 # ours: checkpoints kept, should the newest be damaged
     preview_steps: int = 50       # ours: Euler steps of the sample grids
-
     @property
     def latent_shape(self) -> tuple:
         """(C, H, W) of what is noised and denoised: the pixels, or latents 8 times smaller."""
         s = self.image_size
         return (3, s, s) if self.vae == "none" else (4, s // 8, s // 8)
 
-_COLUMNS = ("hidden_size", "depth", "num_heads", "patch_size", "align_depth", "projector_dim")
-SIZES = {name: dict(zip(_COLUMNS, row)) for name, row in {
-    "SiT-S/2": (384, 12, 6, 2, 4, 2048),
-    "SiT-B/2": (768, 12, 12, 2, 4, 2048),
-    "SiT-L/2": (1024, 24, 16, 2, 8, 2048),
-    "SiT-XL/2": (1152, 28, 16, 2, 8, 2048),
-    "demo": (96, 6, 3, 4, 3, 256),
-}.items()}
+SIZES = {
+    "SiT-S/2": dict(hidden_size=384, depth=12, num_heads=6, align_depth=4),
+    "SiT-B/2": dict(hidden_size=768, depth=12, num_heads=12, align_depth=4),
+    "SiT-L/2": dict(hidden_size=1024, depth=24, num_heads=16, align_depth=8),
+    "SiT-XL/2": dict(hidden_size=1152, depth=28, num_heads=16, align_depth=8),
+    "demo": dict(hidden_size=96, depth=6, num_heads=3, align_depth=3, patch_size=4,
+                 projector_dim=256)}
 _PLAIN = dict(class_token=False, mixer_depth=0, mask_ratio=0.0)
 METHODS = {  # each method is one row of settings over the same model, loss and loop
     "sit": _PLAIN | dict(align_coeff=0.0),
@@ -124,16 +115,14 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
     "maskalign-no-masking": dict(mask_ratio=0.0),           # Tab. 3
     "haste": _PLAIN | dict(attn_coeff=0.5),
     "sra": _PLAIN | dict(align_coeff=0.2, align_loss="smooth_l1", projector_dim=0),
-    "xar": _PLAIN | dict(align_coeff=0.0, cells=2),
-}
+    "xar": _PLAIN | dict(align_coeff=0.0, cells=2)}
 _EARLY = dict(align_depth=5, stop_align_at=100_000, attn_layers=((3, 8), (4, 10), (5, 12)))
 _LATE = dict(align_depth=8, stop_align_at=250_000, attn_layers=((5, 9), (6, 10), (7, 11), (8, 12)))
-AT_SIZE = {  # a method's layers from 1, (ours, the teacher's): HASTE's Tab. 16 and SRA; S as B
-    "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, dict(
-        align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))))),
-    "sra": {size: dict(align_depth=ours, self_depth=emas) for size, ours, emas in zip(
-        SIZES, (3, 3, 6, 8, 2), (8, 8, 16, 20, 4))},
-}
+_DEMO = dict(align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))
+_SRA = ((3, 8), (3, 8), (6, 16), (8, 20), (2, 4))
+AT_SIZE = {  # a method's layers from 1, (ours, the teacher's) or the last: HASTE's Tab. 16, SRA
+    "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, _DEMO))),
+    "sra": {size: dict(align_depth=a, self_depth=b) for size, (a, b) in zip(SIZES, _SRA)}}
 DEMO = dict(  # without --data: drawn shapes, and a run of minutes on a laptop
     size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
     lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, gap_every=100,
@@ -141,13 +130,12 @@ DEMO = dict(  # without --data: drawn shapes, and a run of minutes on a laptop
 
 def make_config(**typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
-    merged = {**dataclasses.asdict(Config()), **({} if typed.get("data") else DEMO), **typed}
+    merged = vars(Config()) | ({} if typed.get("data") else DEMO) | typed
     for name, table in (("size", SIZES), ("method", METHODS)):
         if merged[name] not in table:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
-        merged.update(table[merged[name]])
-    merged.update(AT_SIZE.get(merged["method"], {}).get(merged["size"], {}))
-    c = Config(**{**merged, **typed})
+        merged |= table[merged[name]]
+    c = Config(**(merged | AT_SIZE.get(merged["method"], {}).get(merged["size"], {}) | typed))
     shares = ("mask_ratio", "label_dropout", "ema_decay")
     zero = (*shares, "seed", "mixer_depth", "align_coeff", "cls_coeff", "self_depth", "attn_coeff",
             "stop_align_at", "projector_dim", "workers", "steps")
@@ -160,36 +148,32 @@ def make_config(**typed) -> Config:
     side, aligns = c.image_size // unit, c.align_coeff + c.attn_coeff > 0
     for name, fits, rule in (
             ("align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}"),
-            ("self_depth", c.self_depth <= c.depth * (aligns and not c.class_token),
-             "at most the depth, and 0 with a class token or without align_coeff"),
-            ("attn_layers", all(ours <= c.depth for ours, _ in c.attn_layers), "within the depth"),
-            ("attn_coeff", not c.attn_coeff or c.attn_layers and c.cells == 1,
-             "0 with cells (the teacher's attention crosses them), and where no row has layers"),
+            ("self_depth", c.self_depth <= c.depth * (c.align_coeff > 0 and not c.class_token),
+             f"at most the depth, {c.depth}, and 0 with a class token or without align_coeff"),
+            ("attn_coeff", not c.attn_coeff or c.attn_layers and c.cells == 1, "0 with cells (the "
+             "teacher's attention crosses them), and for methods without attn_layers"),
             ("stop_align_at", aligns or not c.stop_align_at, "0 where nothing is aligned"),
-            ("align_loss", c.align_loss in ALIGN_LOSSES, f"one of {', '.join(ALIGN_LOSSES)}"),
+            ("align_loss", c.align_loss in ("cosine", "smooth_l1"), "cosine or smooth_l1"),
             ("hidden_size", c.hidden_size % 4 == 0, "a multiple of 4"),
             ("num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}"),
-            ("image_size", c.image_size % unit == 0, f"a multiple of {unit} for vae {c.vae} and "
-             f"patch_size {c.patch_size}"),
+            ("image_size", c.image_size % unit == 0,
+             f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"),
             ("cells", side % c.cells == 0, f"a divisor of the {side} tokens per side"),
             ("prepare", not c.prepare or c.data and c.vae != "none", "used with --data and a VAE")):
-        if not fits:
-            raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
+        if not fits: raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
     return dataclasses.replace(c, cache=c.cache or f"{c.data.rstrip('/')}-latents",
                                out=c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2"))
 
 def parse_config(argv: list | None = None) -> Config:
     """Config from the command line: one flag per field of Config, its comment is its help."""
-    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        if field.name in comments:
-            kind = dict(type=field.type) if field.type is not bool else dict(
-                action=argparse.BooleanOptionalAction)
-            note = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-            parser.add_argument(f"--{field.name}", help=note, default=argparse.SUPPRESS, **kind)
+    for name, note in re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M):
+        kind, default = Config.__annotations__[name], getattr(Config, name)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
+                            help=f"{note} [{default}]".replace("%", "%%"), **how)
     return make_config(**vars(parser.parse_args(argv)))
 
 def seeded(device, *key) -> torch.Generator:
@@ -204,38 +188,34 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         # float32 also under autocast: in bf16 neighbouring times would look the same.
-        i = torch.arange(128, dtype=torch.float32, device=t.device)
+        i = torch.arange(128, device=t.device)
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * i / 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
-def sincos_pos_embed(dim: int, side: int) -> torch.Tensor:
+def sincos_pos_embed(dim: int, side: int) -> Tensor:
     """Fixed positions (side^2, dim) in raster order; the first half of dim codes the column."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)                       # (side, dim / 2)
     return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=-1).float()
 
-def modulate(h: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: a LayerNorm whose scale and shift come from the condition."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 class Block(nn.Module):
-    """SiT block (adaLN-Zero): h (N, K, D), c (N, G, D) from (t, y) -> (N, K, D).
-    The condition c sets shift, scale and gate; gates start at 0, so a new block is the identity.
+    """SiT block (adaLN-Zero): h (N, K, D) -> (N, K, D); c (N, G, D) sets shift, scale and gate.
     G = 1, or (xAR) one row of c for each cell, and cell (N, K, 1) tells the cell of each token."""
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, qkv_bias=True)  # scaled_dot_product_attention
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio),
-                       act_layer=functools.partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, h: torch.Tensor, c: torch.Tensor, cell=None) -> torch.Tensor:
+    def forward(self, h: Tensor, c: Tensor, cell=None) -> Tensor:
         rows = gather_tokens(self.adaLN_modulation(c), cell)             # (N, 1 or K, 6 D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.chunk(6, -1)
         sees = None if cell is None else (cell >= cell.mT).unsqueeze(1)  # its cell, earlier ones
@@ -249,19 +229,18 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_dim)
         self.cls_head = nn.Linear(hidden_size, cls_dim) if cls_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, h: torch.Tensor, c: torch.Tensor, cell=None) -> tuple:
+    def forward(self, h: Tensor, c: Tensor, cell=None) -> tuple:
         h = modulate(h, *gather_tokens(self.adaLN_modulation(c), cell).chunk(2, -1))
-        return (self.linear(h[:, 1:]), self.cls_head(h[:, 0])) if self.cls_head else (
-            self.linear(h), None)
+        if self.cls_head is None: return self.linear(h), None
+        return self.linear(h[:, 1:]), self.cls_head(h[:, 0])
 
-def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+def patchify(x: Tensor, patch_size: int) -> Tensor:
     """(N, C, H, W) -> (N, T, p*p*C): tokens in raster order, channel fastest within a token."""
     n, c, h, w = x.shape
     x = x.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size ** 2 * c)
 
-def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
+def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     """(N, T, p*p*C) -> (N, C, H, W) with H = W: undoes patchify."""
     n, t, d = tokens.shape
     side = math.isqrt(t)
@@ -270,35 +249,31 @@ def unpatchify(tokens: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
-                        generator: torch.Generator | None = None) -> torch.Tensor:
+                        generator: torch.Generator | None = None) -> Tensor:
     """Draws S: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
     anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     scores = torch.rand(n, num_tokens, generator=generator, device=generator and generator.device)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
 
-def gather_tokens(tokens: torch.Tensor, ids_keep: torch.Tensor | None, class_token=False):
+def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token=False):
     """(N, [1+]T, D), ids_keep (N, K) or None (all) -> (N, [1+]K, D). A class token stays."""
-    if ids_keep is None or tokens is None:
-        return tokens
+    if ids_keep is None or tokens is None: return tokens
     ids = ids_keep.flatten(1)
-    ids = F.pad(ids + 1, (1, 0)) if class_token else ids                 # row 0 is the class token
+    if class_token: ids = F.pad(ids + 1, (1, 0))                         # row 0 is the class token
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 # v (N, K, p*p*C), v_cls (N, z_dim) or None, z_pred (N, [1+]K, z_dim) or None
-SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")
+SiTOutput = collections.namedtuple("SiTOutput", "v v_cls z_pred")
 
 class SiT(nn.Module):
-    """Scalable interpolant transformer with REPA's projector, REG's class token, our mixer.
-    class_token: the teacher's noised class token comes before the patches. mixer_depth: blocks on
-    all tokens before the mask, not counted in depth. align_depth: tokens are projected to z_dim
-    after this block (from 1); 0 or None: never. cells: the image is a raster of cells x cells
-    cells, whose tokens see their own cell and earlier ones (xAR). It draws no random number."""
+    """Scalable interpolant transformer with REPA's projector (after block align_depth, from 1; 0 or
+    None: none), REG's class token, our mixer (blocks on all tokens before the mask, not counted in
+    depth), xAR's cells^2 raster (tokens see their own cell and earlier ones). Draws nothing."""
     def __init__(self, input_size: int, patch_size: int, in_channels: int, hidden_size: int,
                  depth: int, num_heads: int, num_classes: int, z_dim: int,
-                 projector_dim: int = 2048, align_depth: int | None = None,
-                 class_token: bool = False, mixer_depth: int = 0, mlp_ratio: float = 4.0,
-                 cells: int = 1):
+                 projector_dim: int = 2048, align_depth: int | None = None, class_token=False,
+                 mixer_depth: int = 0, mlp_ratio: float = 4.0, cells: int = 1):
         super().__init__()
         if not 0 <= (align_depth or 0) <= depth:
             raise BadInput(f"align_depth is {align_depth}: it goes beyond the {depth} blocks")
@@ -311,8 +286,9 @@ class SiT(nn.Module):
         if class_token:
             self.cls_embedder = nn.Linear(z_dim, hidden_size)
             self.cls_norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, class_token + self.x_embedder.num_patches, hidden_size), False)
+        side = self.x_embedder.grid_size[0]
+        positions = F.pad(sincos_pos_embed(hidden_size, side), (0, 0, int(class_token), 0))
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)  # class token: zeros
         # NOTE(paper): the inside of the mixing layers is not given. Two plain SiT blocks are the
         # simplest reading conditioned on (t, y): +21.3M for B (paper 22M), +47.8M for XL (55M).
         block = functools.partial(Block, hidden_size, num_heads, mlp_ratio)
@@ -321,15 +297,12 @@ class SiT(nn.Module):
         dims = [hidden_size, *(2 * [projector_dim] if projector_dim else [2 * hidden_size]), z_dim]
         layers = [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.projectors = nn.ModuleList([nn.Sequential(*layers[:-1])] if align_depth else [])
-        line = torch.arange(self.x_embedder.grid_size[0]) * cells // self.x_embedder.grid_size[0]
+        line = torch.arange(side) * cells // side
         cell = F.pad((line[:, None] * cells + line).flatten(), (int(class_token), 0))
         self.register_buffer("cell", cell.view(1, -1, 1) if cells > 1 else None, persistent=False)
-        self.final_layer = FinalLayer(
-            hidden_size, patch_size ** 2 * in_channels, z_dim if class_token else 0)
-        self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """As DiT. Zero gates and heads make every block the identity, and every output zero."""
+        out_dim, cls_dim = patch_size ** 2 * in_channels, z_dim if class_token else 0
+        self.final_layer = FinalLayer(hidden_size, out_dim, cls_dim)
+        # As DiT: zero gates and heads make every block the identity, and every output zero.
         for name, p in self.named_parameters():
             if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
                 nn.init.zeros_(p)
@@ -337,12 +310,8 @@ class SiT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif p.ndim > 1 and name != "pos_embed":
                 nn.init.xavier_uniform_(p.view(len(p), -1))           # a view: convolutions, too
-        positions = sincos_pos_embed(self.pos_embed.shape[-1], self.x_embedder.grid_size[0])
-        self.pos_embed.data[0, int(self.class_token):] = positions    # the class token has none
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor,
-                cls: torch.Tensor | None = None,
-                ids_keep: torch.Tensor | None = None, until: int = 0) -> SiTOutput:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, cls: Tensor | None = None,
+                ids_keep: Tensor | None = None, until: int = 0) -> SiTOutput:
         """Velocities at noisy x (N, C, H, W), t (N,) in [0, 1], y (N,), noisy cls (N, z_dim).
         ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling.
         With cells, t is (N, cells^2) or (N,). until > 0: the tokens after this block instead."""
@@ -359,9 +328,8 @@ class SiT(nn.Module):
         z_pred = None                                                 # the mask: h is (N, [1+]K, D)
         for i, block in enumerate(self.blocks, start=1):
             h = block(h, c, cell)
-            if i == until:
-                return h
-            if i == self.align_depth:   # NOTE(paper): counts these blocks, after the mixer
+            if i == until: return h
+            if i == self.align_depth and not until:    # NOTE(paper): counted after the mixer
                 z_pred = self.projectors[0](h)                        # h_phi(h_a) of Eq. 11
         v, v_cls = self.final_layer(h, c, cell)
         return SiTOutput(v, v_cls, z_pred)
@@ -377,26 +345,22 @@ def build_model(config: Config) -> SiT:
 
 def from_official(state_dict: dict) -> dict:
     """A REPA or REG state dict in our names; one that has them already passes unchanged."""
-    for old, new in (("module.", ""), ("_orig_mod.", ""), ("cls_projectors2.", "cls_embedder."),
-                     ("wg_norm.", "cls_norm."), ("linear_cls.", "cls_head.")):
-        state_dict = {key.replace(old, new): value for key, value in state_dict.items()}
-    return state_dict
+    new = {"cls_projectors2": "cls_embedder", "wg_norm": "cls_norm", "linear_cls": "cls_head"}
+    return {".".join(new.get(part, part) for part in key.split(".")
+                     if part not in ("module", "_orig_mod")): v for key, v in state_dict.items()}
 
 # ---- 4. The objective (Eq. 10 and 11), and what the family adds to it ----------------------------
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Losses are taken in float32, or wider where the inputs are: a bf16 cosine is too coarse."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-ALIGN_LOSSES = {"cosine": lambda a, b: -F.cosine_similarity(a, b, dim=-1).mean(),         # Eq. 11
-                "smooth_l1": functools.partial(F.smooth_l1_loss, beta=0.05)}                # SRA
-
 def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None, lag=None) -> dict:
-    """Everything random in a step of n images (what is given stays): t (n,) uniform on [0, 1), or
-    (n, cells^2) with cells; noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None where
-    no token is dropped, drop (n,) True where the label becomes the null class, lag like t: how
-    much less noise SRA's teacher sees, uniform on [0, 0.2)."""
-    on, levels = dict(generator=generator, device=device), (n, config.cells ** 2)[:config.cells]
+    """Everything random in a step of n images; what is given stays. t (n,) or (n, cells^2), uniform
+    on [0, 1); noise (n, C, H, W); cls_noise (n, z_dim); ids_keep (n, K) or None (all); drop (n,),
+    True where the label becomes the null class; lag like t, on [0, 0.2): SRA's EMA sees t - lag."""
+    on = dict(generator=generator, device=device)
+    levels = (n,) if config.cells == 1 else (n, config.cells ** 2)
     if ids_keep is None and config.mask_ratio > 0:
         num_tokens = latent_shape[1] * latent_shape[2] // config.patch_size ** 2
         ids_keep = sample_token_subset(n, num_tokens, config.mask_ratio, generator).to(device)
@@ -407,25 +371,24 @@ def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator
                 drop=torch.rand(n, **on) < config.label_dropout if drop is None else drop,
                 lag=0.2 * torch.rand(levels, **on) if lag is None else lag)
 
-def add_noise(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. t (N,), or one level per cell."""
     side = math.isqrt(t[0].numel())
     s = F.interpolate(t.reshape(len(t), 1, side, side), x.shape[-2:])              # (N, 1, H, W)
     return (1 - s) * x + s * noise
 
 def tap_attention(layers: list) -> list:
-    """Hooks timm attention layers: after each forward pass, the list that it returns holds for
-    each of them its queries, keys and values (N, K, 3, heads, head_dim)."""
+    """A list that after each forward pass holds the queries, keys and values (N, K, 3, heads,
+    head_dim) of these timm attention layers."""
     seen = [None] * len(layers)
     for i, attn in enumerate(layers):
         attn.qkv.register_forward_hook(lambda _, h, qkv, i=i, heads=attn.num_heads:
                                        seen.__setitem__(i, qkv.unflatten(-1, (3, heads, -1))))
     return seen
 
-def attention_loss(ours: list, teachers: list, num_tokens: int, ids_keep=None) -> torch.Tensor:
-    """HASTE: cross-entropy of our attention maps to the teacher's, mean over layers, images, heads
-    and queries. Both are cut to the same patches before the softmax: no class token or register,
-    no dropped token of the num_tokens; of the heads, the first that both have."""
+def attention_loss(ours: list, teachers: list, num_tokens: int, ids_keep=None) -> Tensor:
+    """HASTE: mean cross-entropy of our attention maps to the teacher's. Both are cut to the kept of
+    num_tokens patches (no class token, no register) before the softmax, and to common heads."""
     losses = []
     for a, b in zip(ours, teachers):
         b = gather_tokens(b[:, -num_tokens:].flatten(2), ids_keep).unflatten(-1, b.shape[2:])
@@ -435,14 +398,13 @@ def attention_loss(ours: list, teachers: list, num_tokens: int, ids_keep=None) -
         losses.append(-(b.softmax(-1) * a.log_softmax(-1)).sum(-1).mean())
     return torch.stack(losses).mean()
 
-def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | None,
+def training_losses(model, x: Tensor, y: Tensor, z: Tensor | None,
                     config: Config, *, t=None, noise=None, cls_noise=None, ids_keep=None,
                     drop=None, generator=None, lag=None, ema=None, attn=None) -> dict:
     """The objective on a batch: {"loss", "denoise", "cls", "align", "attn"}, all scalars.
     x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, D) teacher tokens, class token first
-    (ignored by methods without one; z may be None for `sit`). See draw_step for the others: what
-    is None is drawn. `model` is anything called as model(x_t, t, y, cls_t, ids_keep).
-    ema: SRA's teacher. attn: tap_attention's lists, ours and the teacher's, or None."""
+    (ignored by methods without one, None for `sit`); `model` is called as model(x_t, t, y, cls_t,
+    ids_keep). The others: see draw_step; ema: SRA's teacher; attn: ours and the teacher's taps."""
     t, noise, cls_noise, ids_keep, drop, lag = draw_step(
         len(x), x.shape[1:], config.z_dim if z is None else z.shape[-1], config, generator,
         x.device, t, noise, cls_noise, ids_keep, drop, lag).values()
@@ -467,9 +429,10 @@ def training_losses(model, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor | N
                 z = ema(add_noise(x, noise, t), t, y, until=config.self_depth)
         z = gather_tokens(z if config.class_token else z[:, -num_tokens:], ids_keep,
                           config.class_token)
-        align = ALIGN_LOSSES[config.align_loss](at_least_float32(z_pred), at_least_float32(z))
-    if attn is not None:
-        attn_loss = attention_loss(*attn, num_tokens, ids_keep)
+        pair = at_least_float32(z_pred), at_least_float32(z)
+        align = (F.smooth_l1_loss(*pair, beta=0.05) if config.align_loss == "smooth_l1" else
+                 -F.cosine_similarity(*pair, dim=-1).mean())
+    if attn is not None: attn_loss = attention_loss(*attn, num_tokens, ids_keep)
     loss = (denoise + config.cls_coeff * cls_loss + config.align_coeff * align
             + config.attn_coeff * attn_loss)
     return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align, attn=attn_loss)
@@ -481,7 +444,6 @@ def alignment_gap(model, x, y, z, config: Config, **drawn) -> tuple:
     def full_input(x_t, t, y, cls_t, ids):
         v, v_cls, z_pred = model(x_t, t, y, cls_t)
         return gather_tokens(v, ids), v_cls, gather_tokens(z_pred, ids, config.class_token)
-
     # NOTE(paper): it does not say which tokens L(full) averages. Here the kept ones, as L(masked):
     # so the gap is 0 for a network whose tokens do not look at each other.
     masked, full = (training_losses(network, x, y, z, config, **drawn)["align"]
@@ -491,10 +453,8 @@ def alignment_gap(model, x, y, z, config: Config, **drawn) -> tuple:
 # ---- 5. Sampling: from t = 1 (noise) to t = 0 (data), with every token (as REPA, REG) ------------
 def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale: float, cls_cfg_scale: float,
                     dtype) -> list:
-    """Velocities of state = [x] or [x, cls], in float64; the network runs in `dtype`.
-    t: the noise level, one number or one for each cell.
-    Classifier-free guidance where cfg_scale w > 1: v = v_null + w (v_label - v_null). Both halves
-    see the same class token; its velocity stays that of the label where cls_cfg_scale <= 0."""
+    """Velocities of state = [x] or [x, cls] at level t (or one per cell), in float64. Guided where
+    w = cfg_scale > 1: v = v_null + w (v_label - v_null); class token: where cls_cfg_scale > 0."""
     n, guided = len(y), cfg_scale > 1
     if guided:
         y = torch.cat([y, torch.full_like(y, model.num_classes)])
@@ -511,12 +471,11 @@ def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale: float, cls_c
 def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scale: float = 1.0,
                    cls_cfg_scale: float | None = None, guidance_low: float = 0.0,
                    guidance_high: float = 1.0, sde: bool = True, heun: bool = False,
-                   randn_like=None, cells: int = 1) -> torch.Tensor:
-    """Integrates the reverse SDE with w_t = 2t, one network call per step -> latents like x.
-    x (N, C, H, W) and cls (N, z_dim) standard normal, y (N,) labels. Guidance acts where
-    guidance_low <= t <= guidance_high; cls_cfg_scale None means cfg_scale. The state is float64.
-    sde=False: dx/dt = v in equal steps; heun then averages v over both ends, but in the last.
-    randn_like replaces torch.randn_like; it is asked for latent, then class token, in each step.
+                   randn_like=None, cells: int = 1) -> Tensor:
+    """Integrates the reverse SDE with w_t = 2t from standard normal x (N, C, H, W) and cls
+    (N, z_dim), labels y (N,) -> latents like x; the state is float64. Guidance acts where
+    guidance_low <= t <= guidance_high; cls_cfg_scale None: cfg_scale. sde=False: dx/dt = v; heun
+    averages v over both ends. randn_like is asked for latent, then class token, in each step.
     cells > 1 (xAR): num_steps for each cell in turn, with guidance that grows from cell to cell."""
     # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
     # equation. The score, the gradient of log density, is -(x + (1-t) v) / t: so the drift
@@ -539,14 +498,12 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
             ahead = [a + dt * m * v for a, m, v in zip(state, moves, drift)]
             v_ahead = guided_velocity(model, ahead, [*before, t_next, *after], y, *scales, dtype)
             drift = [(v + v2) / 2 for v, v2 in zip(drift, v_ahead)]
-        if sde:
-            drift = [(2 - t) * v + a for a, v in zip(state, drift)]
+        if sde: drift = [(2 - t) * v + a for a, v in zip(state, drift)]
         state = [a + dt * m * d for a, m, d in zip(state, moves, drift)]
         if sde and t_next > 0:      # the last step, 0.04 -> 0, adds none: it would stay visible
             spread, randn = math.sqrt(-2 * t * dt), randn_like or torch.randn_like
             state = [a + spread * m * randn(a) for a, m in zip(state, moves)]
     return state[0].to(dtype)
-
 euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
 
 # ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
@@ -559,8 +516,7 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         if not path:    # ask once ourselves: offline, the hub's own client tries again for 45 s
             urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
             path = huggingface_hub.hf_hub_download(repo, filename)
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
+        if str(path).endswith(".safetensors"): return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"{part} is damaged")      # torch would load a flipped bit silently
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -569,35 +525,31 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         raise BadInput(f"cannot read {name} ({type(error).__name__}: {reason}){advice}") from error
 
 class ViTTeacher(nn.Module):
-    """A frozen timm ViT, DINOv2-B/14 by default, with one patch for each token of our model.
-    Images uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim): class token, then patches in raster order,
-    all after the last LayerNorm. The name "classifier" gives the demo's stand-in, a tiny one that
-    build_teacher trains. Raises BadInput for an unknown name or foreign weights."""
+    """A frozen timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, patches
+    in raster order. "classifier": a tiny one for build_teacher to train. Raises BadInput."""
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
-        mean_std, patch = [[0.5] * 3] * 2, re.search(r"vit_.*patch(\d+)", name)
-        if name == "classifier":
-            self.size = 4 * grid
-            self.vit = VisionTransformer(img_size=self.size, patch_size=4, embed_dim=64, depth=2,
-                                         num_heads=4, num_classes=0)
-        elif patch and timm.is_model(name):
-            source, self.size = timm.get_pretrained_cfg(name), grid * int(patch[1])
-            found, mean_std = read_weights(weights, source.hf_hub_id, "model.safetensors",
-                                           "--teacher_weights"), [source.mean, source.std]
-            try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
-                self.vit = timm.create_model(
-                    name, img_size=self.size, num_classes=0, pretrained=True,
-                    pretrained_cfg_overlay=dict(state_dict=found))
-            except Exception as error:
-                raise BadInput(f"{weights} holds weights of another model than {name}") from error
-        if not getattr(self, "vit", None) or not getattr(self.vit, "has_class_token", False):
-            raise BadInput(f"teacher {name!r} is no ViT of timm with a class token: "
-                           f"try {Config.teacher}, or classifier")
+        own = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4) if name == "classifier" else {}
+        arch = "vit_tiny_patch16_224" if own else name
+        patch = re.search(r"vit_.*patch(\d+)", arch)
+        unfit = BadInput(f"teacher {name!r} is no ViT of timm with a class token: "
+                         f"try {Config.teacher}, or classifier")
+        if not patch or arch not in (*timm.list_models(), *timm.list_pretrained()): raise unfit
+        source, self.size = timm.get_pretrained_cfg(arch), grid * (4 if own else int(patch[1]))
+        if not own:
+            file, flag = "model.safetensors", "--teacher_weights"
+            found = dict(state_dict=read_weights(weights, source.hf_hub_id, file, flag))
+            own = dict(pretrained=True, pretrained_cfg_overlay=found)
+        try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
+            self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **own)
+        except Exception as error:
+            path = weights or source.hf_hub_id
+            raise BadInput(f"{path} holds weights of another model than {name}") from error
+        if not getattr(self.vit, "has_class_token", False): raise unfit
         self.dim = self.vit.num_features
-        constants = torch.tensor(mean_std, dtype=torch.float64)
+        constants = torch.tensor([source.mean, source.std], dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
         mean, std = self.mean_std.to(dtype := next(self.parameters()).dtype)
         x = F.interpolate((images.to(dtype) / 255 - mean) / std, self.size, mode="bicubic")
@@ -607,11 +559,10 @@ class ViTTeacher(nn.Module):
         return at_least_float32(torch.cat([tokens[:, :1], patches], dim=1))
 
 def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> ViTTeacher | None:
-    """The frozen teacher of a run; None for a method that asks it nothing. The demo's story is
-    that of DINOv2: a network that understands clean images guides one that learns to draw."""
+    """The frozen teacher of a run, or None. The demo's, trained in seconds, tells DINOv2's story: a
+    network that understands clean images guides one that learns to draw."""
     aligns = config.attn_coeff > 0 or config.align_coeff > 0 and not config.self_depth
-    if not (config.class_token or aligns):
-        return None
+    if not (config.class_token or aligns): return None
     torch.manual_seed(config.seed)
     grid, threads = config.latent_shape[1] // config.patch_size, torch.get_num_threads()
     teacher = ViTTeacher(config.teacher, grid, config.teacher_weights)
@@ -619,104 +570,81 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
         teacher.vit.reset_classifier(len(dataset.classes))
         optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
         torch.set_num_threads(1)    # so that every rank and every resumed run has the very same one
-        picks = torch.randint(len(dataset), (config.teacher_steps, 64))
-        batches = DataLoader(dataset, batch_sampler=picks.tolist())
-        for images, y, *_ in tqdm(batches, "training the teacher", leave=False, disable=rank > 0):
+        batches = torch.randint(len(dataset), (config.teacher_steps, 64)).tolist()
+        for batch in tqdm(batches, "training the teacher", leave=False, disable=rank > 0):
+            images, y, *_ = default_collate([dataset[i] for i in batch])
             z = teacher(images)
             optimizer.zero_grad()
             F.cross_entropy(teacher.vit.head(z[:, 0] + z[:, 1:].mean(dim=1)), y).backward()
             optimizer.step()
         torch.set_num_threads(threads)
-    last = max((theirs for _, theirs in config.attn_layers), default=0)
-    if config.attn_coeff and last > len(teacher.vit.blocks):
-        raise BadInput(f"attn_layers asks for block {last} of teacher {config.teacher}, which has "
-                       f"{len(teacher.vit.blocks)}: name others")
     return teacher.to(device).eval().requires_grad_(False)
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's VAE: images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8).
-    Nothing is trained here, so it is the published tensors (diffusers' names, old or new) and the
-    order in which they act. Raises BadInput for a state dict that does not fit."""
+    """Stable Diffusion's VAE, images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8): its
+    tensors (diffusers' names, old or new) and the order in which they act. Raises BadInput."""
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         super().__init__()
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out/0"}
         try:    # in the end one small image finds out what is missing
             for name, value in state_dict.items():    # a buffer's name may not hold dots
-                name = "/".join(new.get(part, part) for part in name.split("."))
-                self.register_buffer(name, value)
+                self.register_buffer("/".join(new.get(k, k) for k in name.split(".")), value)
             self.decode(self.encode(value.new_zeros(1, 3, 16, 16))[0])
         except Exception as error:
             raise BadInput(f"{path} holds no SD-VAE: {error}".partition("\n")[0]) from error
-
-    def params(self, name: str) -> tuple:
-        return getattr(self, f"{name}/weight"), getattr(self, f"{name}/bias")
-
-    def conv(self, name: str, h: torch.Tensor, stride: int = 1, padding: int = 1, norm: str = ""):
-        if norm:
-            h = F.silu(F.group_norm(h, 32, *self.params(norm), eps=1e-6))
-        return F.conv2d(h, *self.params(name), stride, padding)
-
-    def resnet(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv(f"{name}/conv1", x, norm=f"{name}/norm1")
-        h = self.conv(f"{name}/conv2", h, norm=f"{name}/norm2")
-        return h + (x if h.shape == x.shape else self.conv(f"{name}/conv_shortcut", x, 1, 0))
-
-    def middle(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def layer(self, name: str, h: Tensor, stride: int = 1) -> Tensor:
+        """The layer of that name: its weight's shape tells a norm, a linear map, a convolution."""
+        weight, bias = getattr(self, f"{name}/weight"), getattr(self, f"{name}/bias")
+        if weight.ndim == 1: return F.group_norm(h, 32, weight, bias, eps=1e-6)
+        if weight.ndim == 2: return F.linear(h, weight, bias)
+        if stride == 2: return F.conv2d(F.pad(h, (0, 1, 0, 1)), weight, bias, stride)
+        return F.conv2d(h, weight, bias, padding="same")
+    def resnet(self, name: str, x: Tensor) -> Tensor:
+        h = self.layer(f"{name}/conv1", F.silu(self.layer(f"{name}/norm1", x)))
+        h = self.layer(f"{name}/conv2", F.silu(self.layer(f"{name}/norm2", h)))
+        return h + (x if h.shape == x.shape else self.layer(f"{name}/conv_shortcut", x))
+    def middle(self, name: str, x: Tensor) -> Tensor:
         x, attn = self.resnet(f"{name}/resnets/0", x), f"{name}/attentions/0"
-        h = F.group_norm(x, 32, *self.params(f"{attn}/group_norm"), eps=1e-6)
-        h = h.flatten(2).transpose(1, 2)                                             # (N, HW, C)
-        q, k, v = (F.linear(h, *self.params(f"{attn}/to_{part}")) for part in "qkv")
-        h = F.linear(F.scaled_dot_product_attention(q, k, v), *self.params(f"{attn}/to_out/0"))
-        return self.resnet(f"{name}/resnets/1", x + h.transpose(1, 2).reshape(x.shape))
-
-    @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> tuple:
+        h = self.layer(f"{attn}/group_norm", x).flatten(2).mT                         # (N, HW, C)
+        q, k, v = (self.layer(f"{attn}/to_{part}", h) for part in "qkv")
+        h = self.layer(f"{attn}/to_out/0", F.scaled_dot_product_attention(q, k, v))
+        return self.resnet(f"{name}/resnets/1", x + h.mT.reshape(x.shape))
+    def encode(self, images: Tensor) -> tuple:
         """Mean and standard deviation of the latents, unscaled."""
-        h = self.conv("encoder/conv_in", images)
+        h = self.layer("encoder/conv_in", images)
         for i in range(4):
-            stage = f"encoder/down_blocks/{i}"
-            for j in range(2):
-                h = self.resnet(f"{stage}/resnets/{j}", h)
-            if i < 3:
-                h = self.conv(f"{stage}/downsamplers/0/conv", F.pad(h, (0, 1, 0, 1)), 2, 0)
-        h = self.middle("encoder/mid_block", h)
-        h = self.conv("encoder/conv_out", h, norm="encoder/conv_norm_out")
-        mean, logvar = self.conv("quant_conv", h, 1, 0).chunk(2, dim=1)
+            for j in range(2): h = self.resnet(f"encoder/down_blocks/{i}/resnets/{j}", h)
+            if i < 3: h = self.layer(f"encoder/down_blocks/{i}/downsamplers/0/conv", h, stride=2)
+        h = F.silu(self.layer("encoder/conv_norm_out", self.middle("encoder/mid_block", h)))
+        mean, logvar = self.layer("quant_conv", self.layer("encoder/conv_out", h)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Images of unscaled latents, about in [-1, 1]."""
-        h = self.conv("decoder/conv_in", self.conv("post_quant_conv", latents, 1, 0))
+        h = self.layer("decoder/conv_in", self.layer("post_quant_conv", latents))
         h = self.middle("decoder/mid_block", h)
         for i in range(4):
-            stage = f"decoder/up_blocks/{i}"
-            for j in range(3):
-                h = self.resnet(f"{stage}/resnets/{j}", h)
+            for j in range(3): h = self.resnet(f"decoder/up_blocks/{i}/resnets/{j}", h)
             if i < 3:
-                h = self.conv(f"{stage}/upsamplers/0/conv", F.interpolate(h, scale_factor=2.0))
-        return self.conv("decoder/conv_out", h, norm="decoder/conv_norm_out")
+                h = F.interpolate(h, scale_factor=2.0)
+                h = self.layer(f"decoder/up_blocks/{i}/upsamplers/0/conv", h)
+        return self.layer("decoder/conv_out", F.silu(self.layer("decoder/conv_norm_out", h)))
 
 def build_vae(config: Config, device) -> AutoencoderKL | None:
     """The SD-VAE of a run; None in pixel space."""
-    if config.vae == "none":
-        return None
+    if config.vae == "none": return None
     file = "diffusion_pytorch_model.safetensors"
     weights = read_weights(config.vae_weights, config.vae, file, "--vae_weights")
     return AutoencoderKL(weights, config.vae_weights or config.vae).float().to(device)
 
-# They bring latents near variance 1: SD-VAE's own constant; ours for pixels in [-1, 1].
-SD_SCALE, PIXEL_SCALE = 0.18215, 2.0
-
-def encode_images(vae: AutoencoderKL | None, images: torch.Tensor) -> torch.Tensor:
+SD_SCALE, PIXEL_SCALE = 0.18215, 2.0    # to variance about 1: SD-VAE's own; ours for [-1, 1]
+def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
     x = images.float() / 127.5 - 1
-    if vae is None:
-        return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
+    if vae is None: return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
     parts = [torch.cat(vae.encode(part), dim=1) for part in x.split(32)]     # 32 fit in memory
     return SD_SCALE * torch.cat(parts)
 
-def decode_latents(vae: AutoencoderKL | None, x: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
     images = x.float() / PIXEL_SCALE if vae is None else torch.cat(
         [vae.decode(part / SD_SCALE) for part in x.float().split(32)])
@@ -731,8 +659,7 @@ SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1,
     "cross": lambda x, y: (x.abs().minimum(y.abs()) - 0.3).maximum(x.abs().maximum(y.abs()) - 0.95),
     "ring": lambda x, y: (x.hypot(y) - 0.7).abs() - 0.22,
     "crescent": lambda x, y: (x.hypot(y) - 0.95).maximum(0.8 - (x - 0.5).hypot(y)),
-    "heart": lambda x, y: x.hypot(0.15 - y - 0.65 * x.abs().sqrt()) - 0.85,
-}
+    "heart": lambda x, y: x.hypot(0.15 - y - 0.65 * x.abs().sqrt()) - 0.85}
 
 def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     """The demo's data, items (image uint8 (3, size, size), label), drawn once, kept in memory.
@@ -761,19 +688,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-class FolderImages(ImageFolder):
+class FolderImages(torchvision.datasets.ImageFolder):
     """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label[, cached moments]).
     Raises BadInput for a folder without images, and for a file that is no image."""
     def __init__(self, folder: str, size: int):
-        train = os.path.join(folder, "train")
+        train, self.size, self.cache = os.path.join(folder, "train"), size, None
         try:
             super().__init__(train if os.path.isdir(train) else folder)
             for path, _ in self.samples[::1 + len(self) // 1000]:     # a glance at 1000 headers
                 Image.open(path).close()
         except OSError as error:
             raise BadInput(f"--data {folder} must hold images as class/*.jpg: {error}") from error
-        self.size, self.cache, self.moments = size, None, None
-
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
         try:
@@ -781,49 +706,38 @@ class FolderImages(ImageFolder):
                 crop = np.array(center_crop(file.convert("RGB"), self.size))
         except Exception as error:
             raise BadInput(f"{path} is no readable image: mend or remove it") from error
-        item = [crop.transpose(2, 0, 1), np.array(label)]
-        if self.cache:      # opened here, by each worker for itself
-            self.moments = np.load(self.cache, "r") if self.moments is None else self.moments
-            item.append(np.array(self.moments[i]))
-        return tuple(map(torch.from_numpy, item))
+        moments = [torch.tensor(np.load(self.cache, "r")[i])] if self.cache else []
+        return torch.from_numpy(crop).permute(2, 0, 1), label, *moments
 
 def cache_file(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Path:
     """Where the encoded latents are; the name changes with files, crop and VAE weights."""
     names = [path.removeprefix(dataset.root).lstrip("/") for path, _ in dataset.samples]
     digest = hashlib.sha256(repr((config.image_size, names)).encode())
-    for value in vae.buffers():
-        digest.update(value.cpu().numpy().tobytes())
+    for value in vae.buffers(): digest.update(value.cpu().numpy().tobytes())
     return Path(config.cache, f"{digest.hexdigest()[:16]}.npy")
 
 def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, rank, world_size):
-    """Encodes all of --data once, as float16 (mean, std); the ranks of a machine share the work.
-    A row counts as done when its standard deviations are set: so a killed run goes on."""
+    """Encodes all of --data once, as float16 (mean, std); a row with a nonzero std is done."""
     path, (c, h, w) = cache_file(config, dataset, vae), config.latent_shape
     part = path if path.exists() else path.with_suffix(".part")
     if rank == 0 and not part.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(part, "w+", np.float16, (len(dataset), 2 * c, h, w))
-    if world_size > 1:
-        dist.barrier()
-    moments, mine = np.load(part, mmap_mode="r+"), np.arange(rank, len(dataset), world_size)
-    todo = mine[moments[mine, -1, -1, -1] == 0]
-    loader = DataLoader(dataset, 32, sampler=todo.tolist(), num_workers=config.workers)
+    if world_size > 1: dist.barrier()
+    moments = np.load(part, mmap_mode="r+")
+    todo = [i for i in range(rank, len(dataset), world_size) if moments[i, -1, -1, -1] == 0]
+    loader = DataLoader(dataset, 32, sampler=todo, num_workers=config.workers)
     for i, (images, _) in enumerate(tqdm(loader, "encoding batches of 32", disable=rank > 0)):
         moments[todo[32 * i:32 * (i + 1)]] = encode_images(vae, images.to(device)).half().cpu()
     moments.flush()
-    if world_size > 1:
-        dist.barrier()
-    if rank == 0:
-        part.rename(path)
+    if world_size > 1: dist.barrier()
+    if rank == 0: part.rename(path)
 
 def index_batches(count: int, config: Config, start: int, rank: int, world_size: int):
-    """Yields the image indices of this rank's micro-batches, from step `start` on. The images form
-    an endless stream, permuted anew per epoch by the seed alone; a step takes the next batch_size
-    of them, rank r the r-th part of those."""
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> list:
-        return torch.randperm(count, generator=seeded("cpu", "epoch", config.seed, epoch)).tolist()
-
+    """Yields the image indices of this rank's micro-batches, from step `start` on: rank r gets the
+    r-th part of a step's batch_size images. The seed alone permutes the images of each epoch."""
+    order = functools.lru_cache(maxsize=2)(lambda epoch: torch.randperm(
+        count, generator=seeded("cpu", "epoch", config.seed, epoch)).tolist())
     local = config.batch_size // world_size
     for step in range(start, config.steps):
         first = step * config.batch_size + rank * local
@@ -835,7 +749,7 @@ def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
     rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     local_rank, local_size = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                                       # TF32
@@ -846,15 +760,14 @@ def setup_distributed() -> tuple:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
 
-def save_grid(images: torch.Tensor, names: list, path) -> None:
+def save_grid(images: Tensor, names: list, path) -> None:
     """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
-    zoom = max(1, 96 // images.shape[-1])                                # small images: big pixels
-    images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    grid = make_grid(images, nrow=len(images) // len(names), pad_value=255).permute(1, 2, 0)
-    picture = Image.new("RGB", (grid.shape[1] + 80, grid.shape[0]), "white")
-    picture.paste(Image.fromarray(grid.numpy()), (80, 0))
+    images = F.interpolate(images.cpu(), scale_factor=max(1, 96 // images.shape[-1]))   # big pixels
+    grid = torchvision.utils.make_grid(images, len(images) // len(names), pad_value=255)
+    picture = Image.new("RGB", (grid.shape[2] + 80, grid.shape[1]), "white")
+    picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (80, 0))
     for row, name in enumerate(names):
-        y = (row + 0.5) * grid.shape[0] / len(names)
+        y = (row + 0.5) * grid.shape[1] / len(names)
         ImageDraw.Draw(picture).text((6, y), name[:12], fill="black", anchor="lm")
     picture.save(path)
 
@@ -864,22 +777,23 @@ def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device)
     y = torch.tensor(classes, device=device).repeat_interleave(8)
     generator = seeded(device, "preview", config.seed)
     drawn = draw_step(len(y), config.latent_shape, config.z_dim, config, generator, device)
-    x = euler_ode(model, drawn["noise"], y, drawn["cls_noise"] if config.class_token else None,
-                  num_steps=config.preview_steps, cells=config.cells,
-                  cfg_scale=2.0)                                      # ours: pictures to recognise
+    cls = drawn["cls_noise"] if config.class_token else None
+    x = euler_ode(model, drawn["noise"], y, cls, num_steps=config.preview_steps,
+                  cells=config.cells, cfg_scale=2.0)                  # ours: pictures to recognise
     save_grid(decode_latents(vae, x), [config.class_names[k] for k in classes], path)
+    tqdm.write(f"samples: {path}")
 
 @torch.no_grad()
-def load_batch(batch: list, eps: torch.Tensor, vae, teacher) -> tuple:
+def load_batch(batch: list, eps: Tensor, vae, teacher) -> tuple:
     """A loader's batch -> latents x (N, C, h, w), labels y (N,), teacher tokens z or None."""
     images, y, *moments = (part.to(eps.device, non_blocking=True) for part in batch)
     mean, std = (moments[0].float() if moments else encode_images(vae, images)).chunk(2, dim=1)
     return mean + std * eps, y, teacher(images) if teacher else None
 
 def resume(config: Config, out: Path, parts: dict, rank: int) -> int:
-    """Loads the newest whole checkpoint of a run into `parts`; its step, or 0 if there is none.
-    A damaged one is named and set aside. Raises BadInput where the settings differ."""
-    for path in (files := [*sorted(out.glob("step-*.pt"), reverse=True), *out.glob("latest.pt")]):
+    """Loads the newest whole checkpoint into `parts`; its step, or 0. Sets damaged ones aside."""
+    files = [*sorted(out.glob("step-*.pt"), reverse=True), *out.glob("latest.pt")]
+    for path in files:
         try:
             saved = read_weights(str(path))
             break
@@ -888,35 +802,27 @@ def resume(config: Config, out: Path, parts: dict, rank: int) -> int:
                 print(f"{error}; looking for the one before", flush=True)
                 path.rename(f"{path}.damaged")
     else:
-        if files:
-            raise BadInput(f"{out} holds no whole checkpoint: delete it, or name another --out")
-        return 0
-    old, names = {**vars(Config()), **saved.get("config", {})}, list(vars(config))
+        if not files: return 0
+        raise BadInput(f"{out} holds no whole checkpoint: delete it, or name another --out")
+    old, names = vars(Config()) | saved.get("config", {}), list(vars(config))
     odd = {name: f"{name} {old[name]} there, {value} here"
            for name, value in vars(config).items() if value != old[name]}
-    wrong = "; ".join(odd[name] for name in odd if names.index(name) < names.index("steps"))
-    if odd and rank == 0:
-        print(f"{path}: {'; '.join(odd.values())}", flush=True)
+    wrong = "; ".join(odd[name] for name in names[:names.index("steps")] if name in odd)
+    if odd and rank == 0: print(f"{path}: {'; '.join(odd.values())}", flush=True)
     if wrong and not config.override:
         raise BadInput(f"{path} has other settings ({wrong}): name another --out, or --override")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise BadInput(f"{path} holds another network ({wrong}): name another --out") from error
+    for name, part in parts.items(): part.load_state_dict(saved[name])
     parts["optimizer"].param_groups[0]["lr"] = config.lr    # as typed now, not as it was then
     return saved["step"]
 
 def save(config: Config, out: Path, step: int, parts: dict) -> None:
-    """Writes step-STEP.pt, makes latest.pt the same file, deletes all but the newest `keep`.
-    Each is written beside and renamed: a kill at any moment leaves whole files."""
+    """Writes step-STEP.pt, links it as latest.pt, keeps `keep`: a kill leaves whole files only."""
     path, beside = out / f"step-{step:07d}.pt", out / "unfinished.tmp"
     state = {name: part.state_dict() for name, part in parts.items()}
     try:
         beside.unlink(missing_ok=True)      # it may be another name of an older checkpoint
         torch.save(dict(state, step=step, config=dataclasses.asdict(config)), beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(beside, "rb+") as file: os.fsync(file.fileno())
         os.replace(beside, path)
         os.link(path, beside)
         os.replace(beside, out / "latest.pt")
@@ -924,22 +830,19 @@ def save(config: Config, out: Path, step: int, parts: dict) -> None:
         beside.unlink(missing_ok=True)
         raise BadInput(f"cannot save {path} ({error}): make room, then type the same command; the "
                        "checkpoints before it are whole") from error
-    for old in sorted(out.glob("step-*.pt"))[:-config.keep]:
-        old.unlink()
+    for old in sorted(out.glob("step-*.pt"))[:-config.keep]: old.unlink()
 
 def train(config: Config, signals: list | tuple = ()) -> None:
-    """Trains the network of `config`, from its last checkpoint where there is one. Once `signals`
-    is not empty (Ctrl-C, a cluster's SIGTERM) it finishes the step, saves and returns."""
+    """Trains from the last checkpoint on; once `signals` is not empty, saves after the step."""
     rank, world_size, device = setup_distributed()
-    on_gpu, out = device.type == "cuda", Path(config.out)
-    if config.batch_size % (world_size * config.accum):
+    on_gpu, out, size = device.type == "cuda", Path(config.out), config.image_size
+    shape, pieces = config.latent_shape, world_size * config.accum
+    if config.batch_size % pieces:
         raise BadInput(f"batch_size is {config.batch_size}: it must be a multiple of "
                        f"{world_size} processes x accum {config.accum}")
-    dataset = (FolderImages(config.data, config.image_size) if config.data
-               else demo_shapes(config.image_size))
+    dataset = FolderImages(config.data, size) if config.data else demo_shapes(size)
     vae = build_vae(config, device)
-    if config.prepare:
-        return prepare(config, dataset, vae, device, rank, world_size)
+    if config.prepare: return prepare(config, dataset, vae, device, rank, world_size)
     if config.data and vae and (cache := cache_file(config, dataset, vae)).exists():
         dataset.cache = cache
     teacher = build_teacher(config, dataset, device, rank)
@@ -948,113 +851,104 @@ def train(config: Config, signals: list | tuple = ()) -> None:
         z_dim=config.hidden_size if config.self_depth else teacher.dim if teacher else 768)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0, fused=True)                      # Tab. 7
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.999), weight_decay=0.0,
+                                  fused=True)                                        # Tab. 7
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     out.mkdir(parents=True, exist_ok=True)
     start = resume(config, out, parts, rank)
     if rank == 0:
-        cached = ", cached latents" if getattr(dataset, "cache", None) else ""
-        print(f"{config.method}, {config.size}, {sum(p.numel() for p in ema.parameters()):,} "
-              f"weights, {len(dataset)} images{cached}, {world_size} x {device.type}, "
+        size = f"{config.size}, {sum(p.numel() for p in ema.parameters()):,} weights"
+        data = f"{len(dataset)} images{', cached latents' * bool(getattr(dataset, 'cache', ''))}"
+        print(f"{config.method}, {size}, {data}, {world_size} x {device.type}, "
               f"steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
             print("finished: raise --steps for more, or name another --out to start afresh")
         if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
             lines = [line for line in log.open() if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
-    attn = [tap_attention([blocks[pair[side] - 1].attn for pair in config.attn_layers])
+    attn = [tap_attention([blocks[:pair[side]][-1].attn for pair in config.attn_layers])
             for side, blocks in enumerate((model.blocks, teacher.vit.blocks))
             ] if config.attn_coeff else None
-    if config.compile and on_gpu:
-        model.compile()                                         # in place: names of weights stay
-    ddp = functools.partial(nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
-    ddp_model = ddp(model) if world_size > 1 else model
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and on_gpu)
+    if config.compile and on_gpu: model.compile()               # in place: names of weights stay
     # One fixed batch with fixed noise and the paper's mask: on it all methods compare.
-    fixed = DataLoader([dataset[i * (len(dataset) - 1) // 31] for i in range(32)], 32)
-    eps = torch.zeros(32, *config.latent_shape, device=device)
-    fixed = load_batch(next(iter(fixed)), eps, vae, teacher)
+    fixed = default_collate([dataset[i * (len(dataset) - 1) // 31] for i in range(32)])
+    fixed = load_batch(fixed, torch.zeros(32, *shape, device=device), vae, teacher)
     paper = dataclasses.replace(config, mask_ratio=Config.mask_ratio)
-    paper = draw_step(32, config.latent_shape, config.z_dim, paper, seeded(device), device)
+    paper = draw_step(32, shape, config.z_dim, paper, seeded(device), device)
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
         num_workers=config.workers, pin_memory=on_gpu))
-    averaged, sums, since, tick = list(ema.parameters()), 0.0, start, time.time()
-    finite, good = torch.ones((), device=device), torch.zeros((), device=device)
+    ddp = nn.Identity() if world_size == 1 else functools.partial(
+        nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+    ddp_model, good = ddp(model), torch.tensor(start, device=device)
+    sums, since, tick = 0.0, start, time.time()
     for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=rank):
         if step >= config.stop_align_at > 0 and (attn or model.align_depth):     # HASTE's tau
             attn, model.align_depth, teacher = None, None, teacher if config.class_token else None
-            if world_size > 1:      # a new DDP, that does not wait for the projector's gradients
-                model.projectors.requires_grad_(False)
-                ddp_model = ddp(model)
+            model.projectors.requires_grad_(False)
+            ddp_model = ddp(model)      # a new one: it does not wait for the projector's gradients
         # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
-        generator, shape = seeded(device, "step", config.seed, step), config.latent_shape
+        generator = seeded(device, "step", config.seed, step)
         drawn = draw_step(config.batch_size, shape, config.z_dim, config, generator, device)
         drawn["eps"] = torch.randn(drawn["noise"].shape, generator=generator, device=device)
         for part in range(config.accum):
-            piece = rank * config.accum + part
-            mine = {name: value if value is None else value.chunk(world_size * config.accum)[piece]
-                    for name, value in drawn.items()}
+            mine = {name: value.chunk(pieces)[rank * config.accum + part]
+                    for name, value in drawn.items() if value is not None}
             batch = load_batch(next(loader), mine.pop("eps"), vae, teacher)
             ddp_model.require_backward_grad_sync = part + 1 == config.accum
-            with precision:
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and on_gpu):
                 losses = training_losses(ddp_model, *batch, config, ema=ema, attn=attn, **mine)
             (losses["loss"] / config.accum).backward()
             sums += torch.stack(list(losses.values())).detach() / config.accum / world_size
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # From the first gradient on that is not finite the fused AdamW changes nothing: it reads
-        # found_inf on the GPU, so that no step has to wait for it.
-        finite = finite * torch.isfinite(grad_norm)
-        good, optimizer.found_inf = good + finite, 1 - finite
+        # found_inf on the GPU, so that no step has to wait for it. `good` counts the steps before.
+        finite = torch.isfinite(grad_norm) & (good == step)
+        good, optimizer.found_inf = good + finite, (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():    # after the optimizer, so that the average includes this step
-            torch._foreach_lerp_(averaged, list(model.parameters()), 1 - config.ema_decay)
-
+            pair = list(ema.parameters()), list(model.parameters())
+            torch._foreach_lerp_(*pair, 1 - config.ema_decay)
         done, stop = step + 1, torch.tensor(len(signals))
-        if world_size > 1:
-            dist.all_reduce(stop)       # by gloo, on the CPU: all ranks stop after the same step
+        if world_size > 1: dist.all_reduce(stop)    # by gloo, on the CPU: all ranks stop together
         last, gaps = done == config.steps or bool(stop), done % config.gap_every == 0
         logs, saves = last or gaps or done % config.log_every == 0, done % config.save_every == 0
-        if world_size > 1 and (logs or saves and not finite):
-            dist.all_reduce(sums)
-        if (logs or saves) and not finite:
-            odd = [name for name, value in zip(losses, sums.tolist()) if not math.isfinite(value)]
-            raise BadInput(f"step {start + int(good) + 1}: {', '.join(odd) or 'gradient'} not "
-                           f"finite: {out} keeps the last good checkpoint; try a smaller --lr")
+        if logs or saves:
+            means = sums / (done - since)
+            if world_size > 1: dist.all_reduce(means)
+            means = dict(zip(losses, means.tolist()))
+            if not finite:
+                odd = [name for name, value in means.items() if not math.isfinite(value)]
+                raise BadInput(f"step {int(good) + 1}: {', '.join(odd) or 'gradient'} not "
+                               f"finite: {out} keeps the last good checkpoint; try a smaller --lr")
         if logs and rank == 0:
             rate = config.batch_size * (done - since) / (time.time() - tick)
+            # model.forward: neither DDP nor torch.compile takes part, as only rank 0 is here.
             gap, full = alignment_gap(model.forward, *fixed, config, ema=ema, **paper)
-            record = dict(zip(losses, (sums / (done - since)).tolist()), align_full=full,
+            record = dict(means, align_full=full, **(dict(gap=gap) if gaps else {}),
                           grad_norm=grad_norm.item(), images_per_s=rate)
-            record.update(dict(gap=gap) if gaps else {})
             left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
             line = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if value)
             tqdm.write(f"step {done}: {line}, {left} left")
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(dict(step=done, **record)) + "\n")
-        if rank == 0 and (saves or last):
-            save(config, out, done, parts)
-            if stop:
-                tqdm.write(f"stopped and saved at step {done}: the same command goes on from here")
+        if rank == 0 and (saves or last): save(config, out, done, parts)
         if rank == 0 and (done % config.sample_every == 0 or done == config.steps):
-            preview(ema, vae, config, picture := out / f"samples-{done:07d}.png", device)
-            tqdm.write(f"samples: {picture}")
+            preview(ema, vae, config, out / f"samples-{done:07d}.png", device)
         if stop:
+            if rank == 0: tqdm.write(f"stopped and saved at step {done}: the same command goes on")
             break
-        if logs:
-            sums, since, tick = 0.0, done, time.time()
+        if logs: sums, since, tick = 0.0, done, time.time()
 
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, lambda *caught: signals.append(caught))
     try:
         train(parse_config(), signals)
-        if dist.is_initialized():    # not within train: gloo can hang while its DDP is still alive
-            dist.destroy_process_group()
+        if dist.is_initialized(): dist.destroy_process_group()  # in train, its DDP could hang gloo
     except BadInput as error:
         sys.exit(f"maskalign.py: {str(error).strip().splitlines()[-1]}")
 

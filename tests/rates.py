@@ -31,7 +31,7 @@ def model_flops(c: ma.Config) -> tuple:
     projector = 2 * kept * sum(a * b for a, b in zip(dims, dims[1:])) * (c.align_coeff > 0)
     head = 2 * d * (side * (kept - c.class_token) + cls + 2 * g * d)
     forward = stem + blocks(c.depth, kept) + projector + head
-    ema = stem + blocks(c.self_depth, full) + projector * (c.align_depth < c.self_depth)
+    ema = stem + blocks(c.self_depth, full)
     return forward, 3 * forward - inputs, ema * (c.self_depth > 0)
 
 def seconds(device, *runs) -> list:

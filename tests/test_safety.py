@@ -164,7 +164,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(number, whole, tmp_path):
     shown, _ = run.communicate(timeout=60)
     step = checkpoint(tmp_path)["step"]
     assert run.returncode == 0 and 0 < step < 100_000
-    assert f"stopped and saved at step {step}: the same command goes on from here" in shown
+    assert f"stopped and saved at step {step}: the same command goes on" in shown
     if step < 8:
         train(config(tmp_path))
         assert_same(checkpoint(whole)["model"], checkpoint(tmp_path)["model"])
@@ -217,7 +217,7 @@ def test_numbers_that_are_not_finite_never_reach_the_weights(bad, tmp_path, monk
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path):
-    launch("--method=sit", "--steps=3", f"--out={tmp_path}")
+    train(config(tmp_path, steps=3, save_every=3))
     limit = (tmp_path / "latest.pt").stat().st_size // 2
 
     def small_disk():
@@ -301,7 +301,7 @@ def test_random_settings_give_a_config_or_one_sentence(capsys):
         "none",
     ]
     fields = {name: value for name, value in vars(make_config()).items() if name != "class_names"}
-    for _ in range(250):
+    for _ in range(120):
         flags = []
         for name in chance.sample(sorted(fields), chance.randint(1, 4)):
             if isinstance(fields[name], bool):
@@ -317,7 +317,7 @@ def test_random_settings_give_a_config_or_one_sentence(capsys):
         except SystemExit as error:  # argparse: a word where a number belongs
             assert error.code == 2 and "error:" in capsys.readouterr().err
             outcomes["refused"] += 1
-    assert outcomes["valid"] > 20 and outcomes["refused"] > 100
+    assert outcomes["valid"] > 10 and outcomes["refused"] > 50
 
 
 def test_the_log_is_valid_json_after_every_end(whole):

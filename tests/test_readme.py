@@ -1,0 +1,151 @@
+"""README stays true: its commands parse, what it names exists, its numbers are the program's."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import fid
+import maskalign
+import sample
+from maskalign import METHODS, BadInput, Config, SiT, build_model, make_config, parse_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+TEXT = re.sub(r"```.*?```", "", README, flags=re.S)
+MARKED = re.findall(r"`([^`\n]+)`", TEXT)
+PARSERS = {"maskalign.py": parse_config, "sample.py": sample.parse_args, "fid.py": fid.parse_args}
+
+
+def flags_of(script):
+    """The flags in the help of a script."""
+    module = importlib.import_module(Path(script).stem)
+    parse = PARSERS.get(script) or getattr(module, "parse_args", None) or module.main
+    with mock.patch.object(sys, "argv", [script, "--help"]), pytest.raises(SystemExit):
+        with mock.patch("argparse.ArgumentParser.print_help", lambda parser: shown.append(parser)):
+            shown = []
+            parse() if parse == getattr(module, "main", None) else parse(["--help"])
+    return {flag for action in shown[0]._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command, tmp_path, monkeypatch):
+    words = shlex.split(command)
+    if words[0] not in ("python", "torchrun"):
+        assert words[0] in ("pip", "pytest")
+        assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
+        return
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, rest = words[at], words[at + 1 :]
+    assert (ROOT / script).exists()
+    if script in PARSERS:
+        monkeypatch.chdir(tmp_path)
+        PARSERS[script](rest)
+    typed = {word.split("=")[0] for word in rest if word.startswith("--")}
+    assert typed <= flags_of(script), typed - flags_of(script)
+
+
+def test_every_flag_that_is_named_exists():
+    known = set().union(*map(flags_of, PARSERS), flags_of("tests/figure2.py"))
+    known |= flags_of("tests/curves.py") | flags_of("tests/table4.py")
+    named = {word for text in MARKED for word in re.findall(r"(?<!\S)--[a-z]\w*(?:-\w+)?", text)}
+    assert len(named) > 15 and named <= known, named - known
+
+
+def test_every_file_that_is_named_exists_or_is_made_by_a_run():
+    made = {
+        "latest.pt",
+        "log.jsonl",
+        "samples.json",
+        "samples.npz",
+        "grid.png",
+        "model.safetensors",
+    }
+    made |= {"trajectory.png", "curves.png", "heatmap.png", "figure2.json", "scores.json"}
+    made |= {"dinov2_vitb14_pretrain.pth", "diffusion_pytorch_model.safetensors"}
+    made |= {"pt_inception-2015-12-05-6726825d.pth", "ref.npz"}
+    for name in re.findall(r"[\w./-]+\.(?:py|png|txt|json|jsonl|pt|pth|npz|safetensors)\b", TEXT):
+        short = name.rsplit("/")[-1]
+        exists = (ROOT / name).exists() or (ROOT / "tests" / name).exists()
+        assert exists or short in made or short.startswith("samples-"), name
+
+
+def test_every_test_and_function_that_is_named_exists():
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = set(re.findall(r"def (test_\w+)", sources))
+    named = {name for name in MARKED if re.fullmatch(r"test_\w+", name)}
+    assert len(named) > 20 and named <= tests, named - tests
+    names = {*METHODS, *vars(Config()), *vars(maskalign), *vars(sample), *vars(fid), *vars(SiT)}
+    names |= {"loss", "denoise", "cls", "align", "align_full", "gap", "attn"}  # keys of log.jsonl
+    names |= {"python", "torchrun", "pytest", "ours", "v", "v_cls"}
+    symbols = {"S", "r", "h", "K", "N", "i", "CKPT", "IMAGENET", "G_r", "sde"}
+    for name in MARKED:
+        is_file = re.search(r"\.(py|npz|pt|pth|png|jsonl?|safetensors)$", name)
+        if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", name) and not (is_file or name[:5] == "test_"):
+            assert name.split(".")[0] in names | symbols, name
+
+
+def test_the_losss_weights_and_the_mask_are_the_defaults():
+    assert f"denoise + {Config.cls_coeff} cls + {Config.align_coeff} align" in README
+    assert f"random {100 * (1 - Config.mask_ratio):.0f}% of the tokens" in README
+    assert f"`--keep {Config.keep}`" in README
+    preset = sample.PRESETS["fid"]
+    assert (preset["sampler"], preset["steps"], preset["cfg_scale"]) == ("sde", 250, 1.0)
+    assert "SDE, 250 steps, no guidance" in README
+    for steps in re.findall(r"samples-0*(\d+)\.png", README):
+        assert int(steps) == maskalign.DEMO["steps"]
+
+
+def row_of(method):
+    """The cells of a method in the family table."""
+    (row,) = re.findall(rf"^\| `{re.escape(method)}` \|(.*)\|$", README, re.M)
+    return [cell.strip() for cell in row.split("|")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_family_table_is_that_of_the_program(method):
+    config = make_config(data="x", size="SiT-B/2", method=method)
+    config = dataclasses.replace(config, z_dim=config.hidden_size if config.self_depth else 768)
+    cells, counts = row_of(method), []
+    with torch.device("meta"):
+        for c in (config, make_config(data="x", size="SiT-B/2", method="sit")):
+            sit = build_model(c)
+            counts.append(sum(p.numel() for p in sit.parameters()))
+            counts.append(sum(p.numel() for p in sit.projectors.parameters()))
+    added = (counts[0] - counts[2], counts[0] - counts[1] - counts[2])
+    assert cells[4] == " / ".join(f"{n / 1e6:.1f}M" if n else "0" for n in added)
+    assert (cells[0] == "denoised") == config.class_token
+    assert ("75%" in cells[2]) == (config.mask_ratio == 0.25)
+    if config.align_coeff and "as `" not in cells[1]:
+        assert f"block {config.align_depth}" in cells[1]
+    if config.self_depth:
+        assert f"block {config.self_depth} of our own EMA" in cells[1]
+    if config.stop_align_at:
+        assert f"{config.stop_align_at // 1000}K" in cells[3]
+
+
+def test_no_placeholder_is_left_and_it_can_be_read_in_one_go():
+    assert "@@" not in README and "TODO" not in README
+    assert len(README.splitlines()) <= 240
+
+
+def test_bad_flags_in_readme_would_be_noticed(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--no_such_flag"])
+    with pytest.raises(BadInput):
+        parse_config(["--method", "nothing"])
+    capsys.readouterr()
