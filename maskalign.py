@@ -71,11 +71,10 @@ class Config:
     ema_decay: float = 0.9999     # Tab. 7: average of all weights, used for sampling
     label_dropout: float = 0.1    # Tab. 7: share of labels replaced by the null class
     bf16: bool = True             # ours: autocast on GPU (REG: fp16); weights stay float32
-    # set by tables, data and teacher, not typed
-    attn_layers: tuple = ()
     num_classes: int = 1000
     z_dim: int = 768
     class_names: tuple = ()
+    attn_layers: tuple = ()
     # what a resumed run may change freely: none of it decides what is learned
     steps: int = 400_000          # ours: where the paper compares all methods
     out: str = ""                 # run folder; empty: runs/METHOD-SIZE
@@ -102,8 +101,8 @@ SIZES = {
     "SiT-B/2": dict(hidden_size=768, depth=12, num_heads=12, align_depth=4),
     "SiT-L/2": dict(hidden_size=1024, depth=24, num_heads=16, align_depth=8),
     "SiT-XL/2": dict(hidden_size=1152, depth=28, num_heads=16, align_depth=8),
-    "demo": dict(hidden_size=96, depth=6, num_heads=3, align_depth=3, patch_size=4,
-                 projector_dim=256)}
+    "demo": dict(
+        hidden_size=96, depth=6, num_heads=3, align_depth=3, patch_size=4, projector_dim=256)}
 _PLAIN = dict(class_token=False, mixer_depth=0, mask_ratio=0.0)
 METHODS = {  # each method is one row of settings over the same model, loss and loop
     "sit": _PLAIN | dict(align_coeff=0.0),
@@ -123,10 +122,9 @@ _SRA = ((3, 8), (3, 8), (6, 16), (8, 20), (2, 4))
 AT_SIZE = {  # a method's layers from 1, (ours, the teacher's) or the last: HASTE's Tab. 16, SRA
     "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, _DEMO))),
     "sra": {size: dict(align_depth=a, self_depth=b) for size, (a, b) in zip(SIZES, _SRA)}}
-DEMO = dict(  # without --data: drawn shapes, and a run of minutes on a laptop
-    size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
-    lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, gap_every=100,
-    preview_steps=25)
+DEMO = dict(size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
+            lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, gap_every=100,
+            preview_steps=25)    # without --data: drawn shapes, and a run of minutes on a laptop
 
 def make_config(**typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
@@ -156,8 +154,8 @@ def make_config(**typed) -> Config:
             ("align_loss", c.align_loss in ("cosine", "smooth_l1"), "cosine or smooth_l1"),
             ("hidden_size", c.hidden_size % 4 == 0, "a multiple of 4"),
             ("num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}"),
-            ("image_size", c.image_size % unit == 0,
-             f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"),
+            ("image_size", c.image_size % unit == 0, f"a multiple of {unit} for vae {c.vae} and "
+             f"patch_size {c.patch_size}"),
             ("cells", side % c.cells == 0, f"a divisor of the {side} tokens per side"),
             ("prepare", not c.prepare or c.data and c.vae != "none", "used with --data and a VAE")):
         if not fits: raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
@@ -275,7 +273,7 @@ class SiT(nn.Module):
                  projector_dim: int = 2048, align_depth: int | None = None, class_token=False,
                  mixer_depth: int = 0, mlp_ratio: float = 4.0, cells: int = 1):
         super().__init__()
-        if not 0 <= (align_depth or 0) <= depth:
+        if (align_depth or 0) > depth:
             raise BadInput(f"align_depth is {align_depth}: it goes beyond the {depth} blocks")
         self.patch_size, self.num_classes = patch_size, num_classes
         self.align_depth, self.class_token, self.cells = align_depth, class_token, cells
@@ -828,8 +826,8 @@ def save(config: Config, out: Path, step: int, parts: dict) -> None:
         os.replace(beside, out / "latest.pt")
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
-        raise BadInput(f"cannot save {path} ({error}): make room, then type the same command; the "
-                       "checkpoints before it are whole") from error
+        raise BadInput(f"cannot save {path} ({error}): those before it are whole; make room, then "
+                       "type the same command") from error
     for old in sorted(out.glob("step-*.pt"))[:-config.keep]: old.unlink()
 
 def train(config: Config, signals: list | tuple = ()) -> None:
@@ -855,7 +853,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
                                   fused=True)                                        # Tab. 7
     parts = dict(model=model, ema=ema, optimizer=optimizer)
     out.mkdir(parents=True, exist_ok=True)
-    start = resume(config, out, parts, rank)
+    start, log = resume(config, out, parts, rank), out / "log.jsonl"
     if rank == 0:
         size = f"{config.size}, {sum(p.numel() for p in ema.parameters()):,} weights"
         data = f"{len(dataset)} images{', cached latents' * bool(getattr(dataset, 'cache', ''))}"
@@ -863,7 +861,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
               f"steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
             print("finished: raise --steps for more, or name another --out to start afresh")
-        if (log := out / "log.jsonl").exists():    # drop what a killed run logged too much
+        if log.exists():    # drop what a killed run logged too much
             lines = [line for line in log.open() if line.endswith("}\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     attn = [tap_attention([blocks[:pair[side]][-1].attn for pair in config.attn_layers])
@@ -907,9 +905,8 @@ def train(config: Config, signals: list | tuple = ()) -> None:
         good, optimizer.found_inf = good + finite, (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():    # after the optimizer, so that the average includes this step
-            pair = list(ema.parameters()), list(model.parameters())
-            torch._foreach_lerp_(*pair, 1 - config.ema_decay)
+        weights = [p.detach() for p in model.parameters()]     # after the step, which it includes
+        torch._foreach_lerp_(list(ema.parameters()), weights, 1 - config.ema_decay)
         done, stop = step + 1, torch.tensor(len(signals))
         if world_size > 1: dist.all_reduce(stop)    # by gloo, on the CPU: all ranks stop together
         last, gaps = done == config.steps or bool(stop), done % config.gap_every == 0
@@ -928,11 +925,10 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             gap, full = alignment_gap(model.forward, *fixed, config, ema=ema, **paper)
             record = dict(means, align_full=full, **(dict(gap=gap) if gaps else {}),
                           grad_norm=grad_norm.item(), images_per_s=rate)
-            left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
             line = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if value)
+            left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
             tqdm.write(f"step {done}: {line}, {left} left")
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(dict(step=done, **record)) + "\n")
+            with open(log, "a") as file: file.write(json.dumps(dict(step=done, **record)) + "\n")
         if rank == 0 and (saves or last): save(config, out, done, parts)
         if rank == 0 and (done % config.sample_every == 0 or done == config.steps):
             preview(ema, vae, config, out / f"samples-{done:07d}.png", device)
@@ -944,8 +940,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *caught: signals.append(caught))
+    for sign in (signal.SIGINT, signal.SIGTERM): signal.signal(sign, lambda *s: signals.append(s))
     try:
         train(parse_config(), signals)
         if dist.is_initialized(): dist.destroy_process_group()  # in train, its DDP could hang gloo
