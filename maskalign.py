@@ -37,11 +37,10 @@ class BadInput(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. Defaults are the paper's main run; the comments become --help."""
-    method: str = "maskalign"     # a row of METHODS
-    size: str = "SiT-XL/2"        # a row of SIZES
+    method: str = "maskalign"     # a row of METHODS: class_token to cells
+    size: str = "SiT-XL/2"        # a row of SIZES: hidden_size to projector_dim
     data: str = ""                # folder with class/*.jpg or train/class/*.jpg; empty: the demo
     seed: int = 0                 # decides everything random: weights, order, noise, masks
-    # the method: a row of METHODS
     class_token: bool = True      # denoise the teacher's class token beside the image, as REG
     mixer_depth: int = 2          # Tab. 7: mixing blocks before the mask
     mask_ratio: float = 0.25      # Tab. 7: share of the patch tokens dropped in training
@@ -52,7 +51,6 @@ class Config:
     attn_coeff: float = 0.0       # HASTE: weight of the attention distillation; 0: none
     stop_align_at: int = 0        # HASTE: tau, the step from which nothing is aligned; 0: never
     cells: int = 1                # xAR: cells per side, each with its own noise level
-    # the network: a row of SIZES
     hidden_size: int = 1152       # SiT-XL: width D
     depth: int = 28               # SiT-XL: number of blocks, mixers not counted
     num_heads: int = 16           # SiT-XL: attention heads
@@ -118,7 +116,7 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
 _EARLY = dict(align_depth=5, stop_align_at=100_000, attn_layers=((3, 8), (4, 10), (5, 12)))
 _LATE = dict(align_depth=8, stop_align_at=250_000, attn_layers=((5, 9), (6, 10), (7, 11), (8, 12)))
 _DEMO = dict(align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))
-_SRA = ((3, 8), (3, 8), (6, 16), (8, 20), (2, 4))
+_SRA = (3, 8), (3, 8), (6, 16), (8, 20), (2, 4)
 AT_SIZE = {  # a method's layers from 1, (ours, the teacher's) or the last: HASTE's Tab. 16, SRA
     "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, _DEMO))),
     "sra": {size: dict(align_depth=a, self_depth=b) for size, (a, b) in zip(SIZES, _SRA)}}
@@ -187,11 +185,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
     def forward(self, t: Tensor) -> Tensor:
-        # float32 also under autocast: in bf16 neighbouring times would look the same.
         i = torch.arange(128, device=t.device)
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * i / 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast(t.device.type, enabled=False):    # in bf16 near times look the same
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 def sincos_pos_embed(dim: int, side: int) -> Tensor:
@@ -261,8 +258,7 @@ def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token=False):
     if class_token: ids = F.pad(ids + 1, (1, 0))                         # row 0 is the class token
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
-# v (N, K, p*p*C), v_cls (N, z_dim) or None, z_pred (N, [1+]K, z_dim) or None
-SiTOutput = collections.namedtuple("SiTOutput", "v v_cls z_pred")
+SiTOutput = collections.namedtuple("SiTOutput", "v v_cls z_pred")    # shapes: see SiT.forward
 
 class SiT(nn.Module):
     """Scalable interpolant transformer with REPA's projector (after block align_depth, from 1; 0 or
@@ -310,9 +306,9 @@ class SiT(nn.Module):
                 nn.init.xavier_uniform_(p.view(len(p), -1))           # a view: convolutions, too
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cls: Tensor | None = None,
                 ids_keep: Tensor | None = None, until: int = 0) -> SiTOutput:
-        """Velocities at noisy x (N, C, H, W), t (N,) in [0, 1], y (N,), noisy cls (N, z_dim).
-        ids_keep (N, K): patch tokens that enter the blocks; None: all of them, as in sampling.
-        With cells, t is (N, cells^2) or (N,). until > 0: the tokens after this block instead."""
+        """Noisy x (N, C, H, W), t (N,) in [0, 1] or (N, cells^2), y (N,), noisy cls (N, z_dim);
+        ids_keep (N, K): the patch tokens that enter the blocks, None: all, as in sampling -> v
+        (N, K, p*p*C), v_cls (N, z_dim), z_pred (N, [1+]K, z_dim). until: that block's tokens."""
         t = t.view(len(x), -1).expand(-1, self.cells ** 2)                           # (N, G)
         c = self.t_embedder(t) + self.y_embedder["embedding_table"](y).unsqueeze(1)  # (N, G, D)
         cell = None if self.cell is None else self.cell.expand(len(x), -1, -1)       # (N, [1+]T, 1)
@@ -354,9 +350,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None, lag=None) -> dict:
-    """Everything random in a step of n images; what is given stays. t (n,) or (n, cells^2), uniform
-    on [0, 1); noise (n, C, H, W); cls_noise (n, z_dim); ids_keep (n, K) or None (all); drop (n,),
-    True where the label becomes the null class; lag like t, on [0, 0.2): SRA's EMA sees t - lag."""
+    """Everything random in a step of n images; what is given stays: t (n,) or (n, cells^2) < 1;
+    noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None (all), drop (n,): True where
+    the label becomes the null class, lag like t on [0, 0.2): SRA's EMA sees t - lag."""
     on = dict(generator=generator, device=device)
     levels = (n,) if config.cells == 1 else (n, config.cells ** 2)
     if ids_keep is None and config.mask_ratio > 0:
@@ -470,11 +466,10 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
                    cls_cfg_scale: float | None = None, guidance_low: float = 0.0,
                    guidance_high: float = 1.0, sde: bool = True, heun: bool = False,
                    randn_like=None, cells: int = 1) -> Tensor:
-    """Integrates the reverse SDE with w_t = 2t from standard normal x (N, C, H, W) and cls
-    (N, z_dim), labels y (N,) -> latents like x; the state is float64. Guidance acts where
-    guidance_low <= t <= guidance_high; cls_cfg_scale None: cfg_scale. sde=False: dx/dt = v; heun
-    averages v over both ends. randn_like is asked for latent, then class token, in each step.
-    cells > 1 (xAR): num_steps for each cell in turn, with guidance that grows from cell to cell."""
+    """Integrates the reverse SDE, w_t = 2t, from standard normal x (N, C, H, W), cls (N, z_dim)
+    and labels y (N,) -> latents like x. Guided where guidance_low <= t <= guidance_high; the class
+    token by cls_cfg_scale, None: by cfg_scale. sde=False: dx/dt = v; heun averages v over both ends
+    of a step. randn_like: asked for latent, then class token. cells > 1 (xAR): cell after cell."""
     # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
     # equation. The score, the gradient of log density, is -(x + (1-t) v) / t: so the drift
     # v - (w_t / 2) score is (2-t) v + x, and a step of dt < 0 adds noise of variance w_t |dt|.
@@ -484,8 +479,7 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
     times = torch.linspace(*grid, dtype=torch.float64).tolist() + ([0.0] if sde else [])
     ramp = torch.linspace(1, 0, cells ** 2).flip(0).tolist()          # 0 ... 1, and 1 for one cell
     for k, (t, t_next) in itertools.product(range(cells ** 2), zip(times, times[1:])):
-        # Only cell k moves (the class token with cell 0): those before it are clean, those after
-        # it are noise that it cannot see.
+        # Only cell k moves (class token: with 0); before it all is clean, after it unseen noise.
         moves = torch.eye(cells ** 2, dtype=torch.float64)[k].view(1, 1, cells, cells)
         moves = [F.interpolate(moves, x.shape[-2:]).to(x.device), float(k == 0)]
         before, after, dt = [0.0] * k, [1.0] * (cells ** 2 - 1 - k), t_next - t
@@ -693,8 +687,7 @@ class FolderImages(torchvision.datasets.ImageFolder):
         train, self.size, self.cache = os.path.join(folder, "train"), size, None
         try:
             super().__init__(train if os.path.isdir(train) else folder)
-            for path, _ in self.samples[::1 + len(self) // 1000]:     # a glance at 1000 headers
-                Image.open(path).close()
+            for path, _ in self.samples[::1 + len(self) // 1000]: Image.open(path).close()
         except OSError as error:
             raise BadInput(f"--data {folder} must hold images as class/*.jpg: {error}") from error
     def __getitem__(self, i: int) -> tuple:
@@ -776,8 +769,8 @@ def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device)
     generator = seeded(device, "preview", config.seed)
     drawn = draw_step(len(y), config.latent_shape, config.z_dim, config, generator, device)
     cls = drawn["cls_noise"] if config.class_token else None
-    x = euler_ode(model, drawn["noise"], y, cls, num_steps=config.preview_steps,
-                  cells=config.cells, cfg_scale=2.0)                  # ours: pictures to recognise
+    x = euler_ode(model, drawn["noise"], y, cls, num_steps=config.preview_steps, cfg_scale=2.0,
+                  cells=config.cells)                        # guided: ours, pictures to recognise
     save_grid(decode_latents(vae, x), [config.class_names[k] for k in classes], path)
     tqdm.write(f"samples: {path}")
 

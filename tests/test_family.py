@@ -129,8 +129,9 @@ def test_from_tau_on_nothing_is_aligned_and_an_idle_teacher_is_not_called(
 
 
 def test_two_processes_pass_tau_and_follow_one(tmp_path):
-    flags = ("--method", "haste", "--stop_align_at=3", "--log_every=1")
-    launch(*flags, "--out", tmp_path / "one")
+    typed = {**TINY, "method": "haste", "stop_align_at": 3, "log_every": 1}
+    train(make_config(**typed, out=str(tmp_path / "one")))
+    flags = ("--method=haste", "--stop_align_at=3", "--log_every=1")
     launch(*flags, "--out", tmp_path / "two", processes=2)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

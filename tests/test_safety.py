@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_data import make_folder
-from test_training import ROOT, TINY, assert_same, checkpoint, launch, log
+from test_training import ROOT, TINY, assert_same, checkpoint, log
 
 import maskalign
 from maskalign import BadInput, make_config, parse_config, train
