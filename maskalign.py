@@ -9,18 +9,15 @@ Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One trainin
   6. After block `align_depth` they are projected and pulled towards the teacher's.     (Eq. 11)
      loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2
             - lambda mean_{cls, kept} cos(projected token, teacher token)
-
   torchrun --nproc_per_node=1 maskalign.py                    a demo: no GPU, no data, no download
   python maskalign.py --data DIR --size SiT-B/2               one GPU, images as DIR/class/*.jpg
   torchrun --nproc_per_node=8 maskalign.py --data IMAGENET    the paper's run (--prepare first)
-
 Where to look: Tab. 7 is Config; Sec. 5.1 is sample_token_subset and SiT.forward; Eq. 10 and 11
 are training_losses; sampling is euler_maruyama; the teacher is ViTTeacher; the loop is train.
 """
 import argparse, collections, copy, dataclasses, functools, hashlib, inspect, itertools, json
 import math, os, re, signal, sys, time, urllib.request, zipfile
 from pathlib import Path
-
 import huggingface_hub, numpy as np, safetensors.torch, timm, torch, torchvision
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -93,7 +90,6 @@ class Config:
         """(C, H, W) of what is noised and denoised: the pixels, or latents 8 times smaller."""
         s = self.image_size
         return (3, s, s) if self.vae == "none" else (4, s // 8, s // 8)
-
 SIZES = {
     "SiT-S/2": dict(hidden_size=384, depth=12, num_heads=6, align_depth=4),
     "SiT-B/2": dict(hidden_size=768, depth=12, num_heads=12, align_depth=4),
@@ -116,14 +112,13 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
 _EARLY = dict(align_depth=5, stop_align_at=100_000, attn_layers=((3, 8), (4, 10), (5, 12)))
 _LATE = dict(align_depth=8, stop_align_at=250_000, attn_layers=((5, 9), (6, 10), (7, 11), (8, 12)))
 _DEMO = dict(align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))
-_SRA = (3, 8), (3, 8), (6, 16), (8, 20), (2, 4)
 AT_SIZE = {  # a method's layers from 1, (ours, the teacher's) or the last: HASTE's Tab. 16, SRA
     "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, _DEMO))),
-    "sra": {size: dict(align_depth=a, self_depth=b) for size, (a, b) in zip(SIZES, _SRA)}}
+    "sra": {size: dict(align_depth=a, self_depth=b) for size, a, b in zip(
+        SIZES, (3, 3, 6, 8, 2), (8, 8, 16, 20, 4))}}
 DEMO = dict(size="demo", image_size=24, vae="none", teacher="classifier", batch_size=32, steps=2000,
             lr=3e-3, ema_decay=0.99, workers=0, sample_every=1000, save_every=500, gap_every=100,
             preview_steps=25)    # without --data: drawn shapes, and a run of minutes on a laptop
-
 def make_config(**typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput."""
     merged = vars(Config()) | ({} if typed.get("data") else DEMO) | typed
@@ -159,7 +154,6 @@ def make_config(**typed) -> Config:
         if not fits: raise BadInput(f"{name} is {getattr(c, name)}: it must be {rule}")
     return dataclasses.replace(c, cache=c.cache or f"{c.data.rstrip('/')}-latents",
                                out=c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2"))
-
 def parse_config(argv: list | None = None) -> Config:
     """Config from the command line: one flag per field of Config, its comment is its help."""
     parser = argparse.ArgumentParser(
@@ -171,7 +165,6 @@ def parse_config(argv: list | None = None) -> Config:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
                             help=f"{note} [{default}]".replace("%", "%%"), **how)
     return make_config(**vars(parser.parse_args(argv)))
-
 def seeded(device, *key) -> torch.Generator:
     """A generator that depends on `key` alone: so a resumed run needs no stored random state."""
     digest = hashlib.sha256(repr(key).encode()).digest()[:7]
@@ -190,14 +183,12 @@ class TimestepEmbedder(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         with torch.autocast(t.device.type, enabled=False):    # in bf16 near times look the same
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
-
 def sincos_pos_embed(dim: int, side: int) -> Tensor:
     """Fixed positions (side^2, dim) in raster order; the first half of dim codes the column."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=-1)                       # (side, dim / 2)
     return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=-1).float()
-
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: a LayerNorm whose scale and shift come from the condition."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -228,13 +219,11 @@ class FinalLayer(nn.Module):
         h = modulate(h, *gather_tokens(self.adaLN_modulation(c), cell).chunk(2, -1))
         if self.cls_head is None: return self.linear(h), None
         return self.linear(h[:, 1:]), self.cls_head(h[:, 0])
-
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """(N, C, H, W) -> (N, T, p*p*C): tokens in raster order, channel fastest within a token."""
     n, c, h, w = x.shape
     x = x.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size ** 2 * c)
-
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
     """(N, T, p*p*C) -> (N, C, H, W) with H = W: undoes patchify."""
     n, t, d = tokens.shape
@@ -250,14 +239,12 @@ def sample_token_subset(n: int, num_tokens: int, mask_ratio: float,
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     scores = torch.rand(n, num_tokens, generator=generator, device=generator and generator.device)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
-
 def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token=False):
     """(N, [1+]T, D), ids_keep (N, K) or None (all) -> (N, [1+]K, D). A class token stays."""
     if ids_keep is None or tokens is None: return tokens
     ids = ids_keep.flatten(1)
     if class_token: ids = F.pad(ids + 1, (1, 0))                         # row 0 is the class token
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
 SiTOutput = collections.namedtuple("SiTOutput", "v v_cls z_pred")    # shapes: see SiT.forward
 
 class SiT(nn.Module):
@@ -327,7 +314,6 @@ class SiT(nn.Module):
                 z_pred = self.projectors[0](h)                        # h_phi(h_a) of Eq. 11
         v, v_cls = self.final_layer(h, c, cell)
         return SiTOutput(v, v_cls, z_pred)
-
 def build_model(config: Config) -> SiT:
     """The network of a config, initialised from its seed."""
     torch.manual_seed(config.seed)
@@ -336,7 +322,6 @@ def build_model(config: Config) -> SiT:
                config.num_heads, config.num_classes, config.z_dim, config.projector_dim,
                config.align_depth if config.align_coeff > 0 else None,
                config.class_token, config.mixer_depth, cells=config.cells)
-
 def from_official(state_dict: dict) -> dict:
     """A REPA or REG state dict in our names; one that has them already passes unchanged."""
     new = {"cls_projectors2": "cls_embedder", "wg_norm": "cls_norm", "linear_cls": "cls_head"}
@@ -347,7 +332,6 @@ def from_official(state_dict: dict) -> dict:
 def at_least_float32(x: Tensor) -> Tensor:
     """Losses are taken in float32, or wider where the inputs are: a bf16 cosine is too coarse."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator=None, device=None,
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None, lag=None) -> dict:
     """Everything random in a step of n images; what is given stays: t (n,) or (n, cells^2) < 1;
@@ -364,22 +348,18 @@ def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator
                 ids_keep=ids_keep,
                 drop=torch.rand(n, **on) < config.label_dropout if drop is None else drop,
                 lag=0.2 * torch.rand(levels, **on) if lag is None else lag)
-
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. t (N,), or one level per cell."""
     side = math.isqrt(t[0].numel())
     s = F.interpolate(t.reshape(len(t), 1, side, side), x.shape[-2:])              # (N, 1, H, W)
     return (1 - s) * x + s * noise
-
 def tap_attention(layers: list) -> list:
-    """A list that after each forward pass holds the queries, keys and values (N, K, 3, heads,
-    head_dim) of these timm attention layers."""
+    """[q, k, v (N, K, 3, heads, head_dim)] of these timm layers, as of the last forward pass."""
     seen = [None] * len(layers)
     for i, attn in enumerate(layers):
         attn.qkv.register_forward_hook(lambda _, h, qkv, i=i, heads=attn.num_heads:
                                        seen.__setitem__(i, qkv.unflatten(-1, (3, heads, -1))))
     return seen
-
 def attention_loss(ours: list, teachers: list, num_tokens: int, ids_keep=None) -> Tensor:
     """HASTE: mean cross-entropy of our attention maps to the teacher's. Both are cut to the kept of
     num_tokens patches (no class token, no register) before the softmax, and to common heads."""
@@ -391,7 +371,6 @@ def attention_loss(ours: list, teachers: list, num_tokens: int, ids_keep=None) -
                 / math.sqrt(h.shape[-1]) for h in (a[:, -b.shape[1]:], b))
         losses.append(-(b.softmax(-1) * a.log_softmax(-1)).sum(-1).mean())
     return torch.stack(losses).mean()
-
 def training_losses(model, x: Tensor, y: Tensor, z: Tensor | None,
                     config: Config, *, t=None, noise=None, cls_noise=None, ids_keep=None,
                     drop=None, generator=None, lag=None, ema=None, attn=None) -> dict:
@@ -430,7 +409,6 @@ def training_losses(model, x: Tensor, y: Tensor, z: Tensor | None,
     loss = (denoise + config.cls_coeff * cls_loss + config.align_coeff * align
             + config.attn_coeff * attn_loss)
     return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align, attn=attn_loss)
-
 @torch.no_grad()
 def alignment_gap(model, x, y, z, config: Config, **drawn) -> tuple:
     """(G_r, L(full)): stability gap G_r = L(masked input) - L(full input), L = align (Eq. 12).
@@ -460,7 +438,6 @@ def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale: float, cls_c
         velocities = [v[n:] + w * (v[:n] - v[n:]) if w > 0 else v[:n]
                       for v, w in zip(velocities, (cfg_scale, cls_cfg_scale))]
     return velocities
-
 @torch.no_grad()
 def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scale: float = 1.0,
                    cls_cfg_scale: float | None = None, guidance_low: float = 0.0,
@@ -549,10 +526,8 @@ class ViTTeacher(nn.Module):
             tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens:]        # skips registers, if it has some
         return at_least_float32(torch.cat([tokens[:, :1], patches], dim=1))
-
 def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> ViTTeacher | None:
-    """The frozen teacher of a run, or None. The demo's, trained in seconds, tells DINOv2's story: a
-    network that understands clean images guides one that learns to draw."""
+    """The frozen teacher of a run, or None; the demo trains its own on clean images, in seconds."""
     aligns = config.attn_coeff > 0 or config.align_coeff > 0 and not config.self_depth
     if not (config.class_token or aligns): return None
     torch.manual_seed(config.seed)
@@ -620,14 +595,12 @@ class AutoencoderKL(nn.Module):
                 h = F.interpolate(h, scale_factor=2.0)
                 h = self.layer(f"decoder/up_blocks/{i}/upsamplers/0/conv", h)
         return self.layer("decoder/conv_out", F.silu(self.layer("decoder/conv_norm_out", h)))
-
 def build_vae(config: Config, device) -> AutoencoderKL | None:
     """The SD-VAE of a run; None in pixel space."""
     if config.vae == "none": return None
-    file = "diffusion_pytorch_model.safetensors"
-    weights = read_weights(config.vae_weights, config.vae, file, "--vae_weights")
+    weights = read_weights(config.vae_weights, config.vae, "diffusion_pytorch_model.safetensors",
+                           "--vae_weights")
     return AutoencoderKL(weights, config.vae_weights or config.vae).float().to(device)
-
 SD_SCALE, PIXEL_SCALE = 0.18215, 2.0    # to variance about 1: SD-VAE's own; ours for [-1, 1]
 def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
@@ -635,7 +608,6 @@ def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
     if vae is None: return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
     parts = [torch.cat(vae.encode(part), dim=1) for part in x.split(32)]     # 32 fit in memory
     return SD_SCALE * torch.cat(parts)
-
 def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
     images = x.float() / PIXEL_SCALE if vae is None else torch.cat(
@@ -652,10 +624,8 @@ SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1,
     "ring": lambda x, y: (x.hypot(y) - 0.7).abs() - 0.22,
     "crescent": lambda x, y: (x.hypot(y) - 0.95).maximum(0.8 - (x - 0.5).hypot(y)),
     "heart": lambda x, y: x.hypot(0.15 - y - 0.65 * x.abs().sqrt()) - 0.85}
-
 def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
-    """The demo's data, items (image uint8 (3, size, size), label), drawn once, kept in memory.
-    Image i shows class i % 8 in a random colour, place, size and tilt, decided by i alone."""
+    """(image uint8 (3, size, size), label) of class i % 8, looks decided by i alone; drawn once."""
     u = torch.rand(count, 13, 1, 1, generator=seeded("cpu", "shapes")).unbind(1)
     line, labels = torch.arange(size) + 0.5, torch.arange(count) % len(SHAPES)
     radius, tilt = size * (0.32 + 0.08 * u[0]), 0.2 * (u[1] - 0.5)
@@ -670,7 +640,6 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     dataset = TensorDataset((images * 255).to(torch.uint8), labels)
     dataset.classes = list(SHAPES)
     return dataset
-
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the middle."""
     while min(image.size) >= 2 * size:
@@ -681,8 +650,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 class FolderImages(torchvision.datasets.ImageFolder):
-    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label[, cached moments]).
-    Raises BadInput for a folder without images, and for a file that is no image."""
+    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label[, cached moments])."""
     def __init__(self, folder: str, size: int):
         train, self.size, self.cache = os.path.join(folder, "train"), size, None
         try:
@@ -699,14 +667,12 @@ class FolderImages(torchvision.datasets.ImageFolder):
             raise BadInput(f"{path} is no readable image: mend or remove it") from error
         moments = [torch.tensor(np.load(self.cache, "r")[i])] if self.cache else []
         return torch.from_numpy(crop).permute(2, 0, 1), label, *moments
-
 def cache_file(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Path:
     """Where the encoded latents are; the name changes with files, crop and VAE weights."""
     names = [path.removeprefix(dataset.root).lstrip("/") for path, _ in dataset.samples]
     digest = hashlib.sha256(repr((config.image_size, names)).encode())
     for value in vae.buffers(): digest.update(value.cpu().numpy().tobytes())
     return Path(config.cache, f"{digest.hexdigest()[:16]}.npy")
-
 def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, rank, world_size):
     """Encodes all of --data once, as float16 (mean, std); a row with a nonzero std is done."""
     path, (c, h, w) = cache_file(config, dataset, vae), config.latent_shape
@@ -723,10 +689,8 @@ def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, r
     moments.flush()
     if world_size > 1: dist.barrier()
     if rank == 0: part.rename(path)
-
 def index_batches(count: int, config: Config, start: int, rank: int, world_size: int):
-    """Yields the image indices of this rank's micro-batches, from step `start` on: rank r gets the
-    r-th part of a step's batch_size images. The seed alone permutes the images of each epoch."""
+    """Yields this rank's micro-batches of image indices; the seed permutes each epoch's images."""
     order = functools.lru_cache(maxsize=2)(lambda epoch: torch.randperm(
         count, generator=seeded("cpu", "epoch", config.seed, epoch)).tolist())
     local = config.batch_size // world_size
@@ -750,7 +714,6 @@ def setup_distributed() -> tuple:
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
-
 def save_grid(images: Tensor, names: list, path) -> None:
     """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
     images = F.interpolate(images.cpu(), scale_factor=max(1, 96 // images.shape[-1]))   # big pixels
@@ -761,7 +724,6 @@ def save_grid(images: Tensor, names: list, path) -> None:
         y = (row + 0.5) * grid.shape[1] / len(names)
         ImageDraw.Draw(picture).text((6, y), name[:12], fill="black", anchor="lm")
     picture.save(path)
-
 def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device) -> None:
     """Draws 8 images of each of 8 classes, from the same noise at every step of a run."""
     classes = sorted({round(k) for k in np.linspace(0, config.num_classes - 1, 8)})
@@ -773,14 +735,12 @@ def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device)
                   cells=config.cells)                        # guided: ours, pictures to recognise
     save_grid(decode_latents(vae, x), [config.class_names[k] for k in classes], path)
     tqdm.write(f"samples: {path}")
-
 @torch.no_grad()
 def load_batch(batch: list, eps: Tensor, vae, teacher) -> tuple:
     """A loader's batch -> latents x (N, C, h, w), labels y (N,), teacher tokens z or None."""
     images, y, *moments = (part.to(eps.device, non_blocking=True) for part in batch)
     mean, std = (moments[0].float() if moments else encode_images(vae, images)).chunk(2, dim=1)
     return mean + std * eps, y, teacher(images) if teacher else None
-
 def resume(config: Config, out: Path, parts: dict, rank: int) -> int:
     """Loads the newest whole checkpoint into `parts`; its step, or 0. Sets damaged ones aside."""
     files = [*sorted(out.glob("step-*.pt"), reverse=True), *out.glob("latest.pt")]
@@ -805,7 +765,6 @@ def resume(config: Config, out: Path, parts: dict, rank: int) -> int:
     for name, part in parts.items(): part.load_state_dict(saved[name])
     parts["optimizer"].param_groups[0]["lr"] = config.lr    # as typed now, not as it was then
     return saved["step"]
-
 def save(config: Config, out: Path, step: int, parts: dict) -> None:
     """Writes step-STEP.pt, links it as latest.pt, keeps `keep`: a kill leaves whole files only."""
     path, beside = out / f"step-{step:07d}.pt", out / "unfinished.tmp"
@@ -822,7 +781,6 @@ def save(config: Config, out: Path, step: int, parts: dict) -> None:
         raise BadInput(f"cannot save {path} ({error}): those before it are whole; make room, then "
                        "type the same command") from error
     for old in sorted(out.glob("step-*.pt"))[:-config.keep]: old.unlink()
-
 def train(config: Config, signals: list | tuple = ()) -> None:
     """Trains from the last checkpoint on; once `signals` is not empty, saves after the step."""
     rank, world_size, device = setup_distributed()
@@ -854,9 +812,9 @@ def train(config: Config, signals: list | tuple = ()) -> None:
               f"steps {start} to {config.steps}; {out}", flush=True)
         if start >= config.steps:
             print("finished: raise --steps for more, or name another --out to start afresh")
-        if log.exists():    # drop what a killed run logged too much
-            lines = [line for line in log.open() if line.endswith("}\n")]
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        log.write_text("".join(        # without what a killed run logged too much
+            line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
     attn = [tap_attention([blocks[:pair[side]][-1].attn for pair in config.attn_layers])
             for side, blocks in enumerate((model.blocks, teacher.vit.blocks))
             ] if config.attn_coeff else None
@@ -919,8 +877,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             record = dict(means, align_full=full, **(dict(gap=gap) if gaps else {}),
                           grad_norm=grad_norm.item(), images_per_s=rate)
             line = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if value)
-            left = tqdm.format_interval((config.steps - done) * config.batch_size / rate)
-            tqdm.write(f"step {done}: {line}, {left} left")
+            tqdm.write(f"step {done}: {line}")
             with open(log, "a") as file: file.write(json.dumps(dict(step=done, **record)) + "\n")
         if rank == 0 and (saves or last): save(config, out, done, parts)
         if rank == 0 and (done % config.sample_every == 0 or done == config.steps):
@@ -929,7 +886,6 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             if rank == 0: tqdm.write(f"stopped and saved at step {done}: the same command goes on")
             break
         if logs: sums, since, tick = 0.0, done, time.time()
-
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
     signals = []
@@ -939,6 +895,5 @@ def main() -> None:
         if dist.is_initialized(): dist.destroy_process_group()  # in train, its DDP could hang gloo
     except BadInput as error:
         sys.exit(f"maskalign.py: {str(error).strip().splitlines()[-1]}")
-
 if __name__ == "__main__":
     main()

@@ -56,7 +56,8 @@ def start(out, *flags, processes=0, **options):
         text=True,
         **options,
     )
-    while not (Path(out) / "log.jsonl").exists() and run.poll() is None:
+    log_file = Path(out) / "log.jsonl"
+    while run.poll() is None and not (log_file.exists() and log_file.read_text()):
         time.sleep(0.02)
     return run
 
