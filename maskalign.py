@@ -7,7 +7,7 @@ Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One trainin
   4. A random 25% of the patch tokens is dropped (none in sampling); the class token stays.
   5. The kept tokens alone pass the transformer and predict the velocity noise - x.     (Eq. 10)
   6. After block `align_depth` they are projected and pulled towards the teacher's.     (Eq. 11)
-     loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2
+     loss = mean_kept |v - (noise - x)|^2 + beta |v_cls - (cls_noise - cls)|^2  (means of channels)
             - lambda mean_{cls, kept} cos(projected token, teacher token)
   torchrun --nproc_per_node=1 maskalign.py                    a demo: no GPU, no data, no download
   python maskalign.py --data DIR --size SiT-B/2               one GPU, images as DIR/class/*.jpg
@@ -73,7 +73,7 @@ class Config:
     # what a resumed run may change freely: none of it decides what is learned
     steps: int = 400_000          # ours: where the paper compares all methods
     out: str = ""                 # run folder; empty: runs/METHOD-SIZE
-    override: bool = False        # go on from a checkpoint that has other settings
+    override: bool = False        # go on from a checkpoint of other settings; its weights must fit
     prepare: bool = False         # encode the latents of --data once into --cache, then stop
     cache: str = ""               # folder of encoded latents; empty: DATA-latents
     workers: int = 8              # data loading processes per rank
@@ -112,7 +112,7 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
 _EARLY = dict(align_depth=5, stop_align_at=100_000, attn_layers=((3, 8), (4, 10), (5, 12)))
 _LATE = dict(align_depth=8, stop_align_at=250_000, attn_layers=((5, 9), (6, 10), (7, 11), (8, 12)))
 _DEMO = dict(align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))
-AT_SIZE = {  # a method's layers from 1, (ours, the teacher's) or the last: HASTE's Tab. 16, SRA
+AT_SIZE = {  # layers by size, from 1 (HASTE's Tab. 16; SRA); attn_layers: (ours, the teacher's)
     "haste": dict(zip(SIZES, (_EARLY, _EARLY, _LATE, _LATE, _DEMO))),
     "sra": {size: dict(align_depth=a, self_depth=b) for size, a, b in zip(
         SIZES, (3, 3, 6, 8, 2), (8, 8, 16, 20, 4))}}
@@ -194,7 +194,7 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 class Block(nn.Module):
-    """SiT block (adaLN-Zero): h (N, K, D) -> (N, K, D); c (N, G, D) sets shift, scale and gate.
+    """SiT block (adaLN-Zero), h (N, K, D) -> same; c (N, G, D) sets shift, scale, gate (first 0).
     G = 1, or (xAR) one row of c for each cell, and cell (N, K, 1) tells the cell of each token."""
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -204,7 +204,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, c: Tensor, cell=None) -> Tensor:
         rows = gather_tokens(self.adaLN_modulation(c), cell)             # (N, 1 or K, 6 D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.chunk(6, -1)
-        sees = None if cell is None else (cell >= cell.mT).unsqueeze(1)  # its cell, earlier ones
+        sees = None if cell is None else (cell >= cell.mT).unsqueeze(1)  # earlier cells and its own
         h = h + gate_a * self.attn(modulate(h, shift_a, scale_a), attn_mask=sees)
         return h + gate_m * self.mlp(modulate(h, shift_m, scale_m))
 
@@ -336,7 +336,7 @@ def draw_step(n: int, latent_shape: tuple, z_dim: int, config: Config, generator
               t=None, noise=None, cls_noise=None, ids_keep=None, drop=None, lag=None) -> dict:
     """Everything random in a step of n images; what is given stays: t (n,) or (n, cells^2) < 1;
     noise (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None (all), drop (n,): True where
-    the label becomes the null class, lag like t on [0, 0.2): SRA's EMA sees t - lag."""
+    the label becomes the null class, lag like t < 0.2: SRA's EMA sees less noise, t - lag."""
     on = dict(generator=generator, device=device)
     levels = (n,) if config.cells == 1 else (n, config.cells ** 2)
     if ids_keep is None and config.mask_ratio > 0:
@@ -391,10 +391,9 @@ def training_losses(model, x: Tensor, y: Tensor, z: Tensor | None,
     v, v_cls, z_pred = model(x_t, t, y, cls_t, ids_keep)
     # Dropped tokens are neither predicted nor aligned: all means run over the kept ones.
     v_target = gather_tokens(v_target, ids_keep)                      # (N, K, p*p*C)
-    denoise = (at_least_float32(v) - v_target).square().mean()        # Eq. 10, first term
+    denoise = (at_least_float32(v) - v_target).square().mean()        # Eq. 10, with cls_loss
     cls_loss = align = attn_loss = torch.zeros_like(denoise)
-    if config.class_token:                                            # Eq. 10, second term
-        cls_loss = (at_least_float32(v_cls) - (cls_noise - cls)).square().mean()
+    if config.class_token: cls_loss = (at_least_float32(v_cls) - (cls_noise - cls)).square().mean()
     if z_pred is not None:                                            # Eq. 11
         if config.self_depth > 0:    # SRA: our average's view of the same noise, weaker; all tokens
             t = (t - lag).clamp(min=0)
@@ -454,7 +453,7 @@ def euler_maruyama(model: SiT, x, y, cls=None, *, num_steps: int = 250, cfg_scal
     cls_cfg_scale = cfg_scale if cls_cfg_scale is None else cls_cfg_scale
     grid = (1.0, 0.04, num_steps) if sde else (1.0, 0.0, num_steps + 1)
     times = torch.linspace(*grid, dtype=torch.float64).tolist() + ([0.0] if sde else [])
-    ramp = torch.linspace(1, 0, cells ** 2).flip(0).tolist()          # 0 ... 1, and 1 for one cell
+    ramp = torch.linspace(1, 0, cells ** 2).flip(0).tolist()    # of guidance: 0 ... 1; one cell: 1
     for k, (t, t_next) in itertools.product(range(cells ** 2), zip(times, times[1:])):
         # Only cell k moves (class token: with 0); before it all is clean, after it unseen noise.
         moves = torch.eye(cells ** 2, dtype=torch.float64)[k].view(1, 1, cells, cells)
@@ -606,8 +605,7 @@ def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
     x = images.float() / 127.5 - 1
     if vae is None: return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
-    parts = [torch.cat(vae.encode(part), dim=1) for part in x.split(32)]     # 32 fit in memory
-    return SD_SCALE * torch.cat(parts)
+    return SD_SCALE * torch.cat([torch.cat(vae.encode(part), dim=1) for part in x.split(32)])
 def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
     images = x.float() / PIXEL_SCALE if vae is None else torch.cat(
@@ -668,13 +666,13 @@ class FolderImages(torchvision.datasets.ImageFolder):
         moments = [torch.tensor(np.load(self.cache, "r")[i])] if self.cache else []
         return torch.from_numpy(crop).permute(2, 0, 1), label, *moments
 def cache_file(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Path:
-    """Where the encoded latents are; the name changes with files, crop and VAE weights."""
+    """Where the encoded latents are; the name changes with file names, crop and VAE weights."""
     names = [path.removeprefix(dataset.root).lstrip("/") for path, _ in dataset.samples]
     digest = hashlib.sha256(repr((config.image_size, names)).encode())
     for value in vae.buffers(): digest.update(value.cpu().numpy().tobytes())
     return Path(config.cache, f"{digest.hexdigest()[:16]}.npy")
 def prepare(config: Config, dataset: FolderImages, vae: AutoencoderKL, device, rank, world_size):
-    """Encodes all of --data once, as float16 (mean, std); a row with a nonzero std is done."""
+    """Encodes all of --data once, as float16 (mean, std); rows start at 0, done ones have a std."""
     path, (c, h, w) = cache_file(config, dataset, vae), config.latent_shape
     part = path if path.exists() else path.with_suffix(".part")
     if rank == 0 and not part.exists():
@@ -826,7 +824,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
     paper = draw_step(32, shape, config.z_dim, paper, seeded(device), device)
     loader = iter(DataLoader(
         dataset, batch_sampler=index_batches(len(dataset), config, start, rank, world_size),
-        num_workers=config.workers, pin_memory=on_gpu))
+        num_workers=config.workers, pin_memory=on_gpu, worker_init_fn=own_group))
     ddp = nn.Identity() if world_size == 1 else functools.partial(
         nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
     ddp_model, good = ddp(model), torch.tensor(start, device=device)
@@ -851,7 +849,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             sums += torch.stack(list(losses.values())).detach() / config.accum / world_size
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # From the first gradient on that is not finite the fused AdamW changes nothing: it reads
-        # found_inf on the GPU, so that no step has to wait for it. `good` counts the steps before.
+        # found_inf (GradScaler's switch) on the GPU, so no step waits. `good` counts those before.
         finite = torch.isfinite(grad_norm) & (good == step)
         good, optimizer.found_inf = good + finite, (~finite).float()
         optimizer.step()
@@ -868,8 +866,8 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             means = dict(zip(losses, means.tolist()))
             if not finite:
                 odd = [name for name, value in means.items() if not math.isfinite(value)]
-                raise BadInput(f"step {int(good) + 1}: {', '.join(odd) or 'gradient'} not "
-                               f"finite: {out} keeps the last good checkpoint; try a smaller --lr")
+                raise BadInput(f"step {int(good) + 1}: {', '.join(odd) or 'gradient'} not finite: "
+                               f"checkpoints in {out}, if any, are good; try a smaller --lr")
         if logs and rank == 0:
             rate = config.batch_size * (done - since) / (time.time() - tick)
             # model.forward: neither DDP nor torch.compile takes part, as only rank 0 is here.
@@ -886,14 +884,16 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             if rank == 0: tqdm.write(f"stopped and saved at step {done}: the same command goes on")
             break
         if logs: sums, since, tick = 0.0, done, time.time()
+def own_group(worker: int) -> None:    # else a signal to the whole job would end the data workers
+    if hasattr(os, "setpgid"): os.setpgid(0, 0)
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
-    signals = []
-    for sign in (signal.SIGINT, signal.SIGTERM): signal.signal(sign, lambda *s: signals.append(s))
+    signals, signs = [], (signal.SIGINT, signal.SIGTERM) * ("--prepare" not in sys.argv)
+    for sign in signs: signal.signal(sign, lambda *s: signals.append(s))
     try:
         train(parse_config(), signals)
         if dist.is_initialized(): dist.destroy_process_group()  # in train, its DDP could hang gloo
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"maskalign.py: {str(error).strip().splitlines()[-1]}")
 if __name__ == "__main__":
     main()

@@ -119,7 +119,7 @@ def measure(model, config, args: argparse.Namespace) -> dict:
         x, y, z = maskalign.load_batch(batch, torch.zeros_like(mine["noise"]), vae, teacher)
         inputs = (model, x, y, z, config)
         for t in TIMES:
-            mine["t"] = torch.full((len(x),), t, device=device)
+            mine["t"] = torch.full_like(mine["lag"], t)
             for mode in ids:
                 g = gradient_norms(*inputs, ids_keep=ids[mode][rows].to(device), **mine)
                 norms[t, mode].append(g.cpu())

@@ -171,6 +171,18 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(number, whole, tmp_path):
         assert_same(checkpoint(whole)["model"], checkpoint(tmp_path)["model"])
 
 
+def test_a_signal_to_the_whole_job_leaves_the_data_workers_alive_for_the_last_step(tmp_path):
+    folder = make_folder(tmp_path / "data", per_class=9)
+    flags = (f"--data={folder}", "--vae=none", "--image_size=16", "--workers=2", "--batch_size=2")
+    run = start(
+        tmp_path / "out", *flags, "--steps=100000", "--save_every=100000", start_new_session=True
+    )
+    os.killpg(run.pid, signal.SIGTERM)
+    shown, errors = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped and saved" in shown, errors
+    assert checkpoint(tmp_path / "out")["step"] > 0
+
+
 def test_all_ranks_stop_after_the_same_step_when_one_is_told_to(tmp_path):
     run = start(tmp_path, "--steps=100000", "--save_every=100000", processes=2)
     children = subprocess.run(
@@ -210,7 +222,7 @@ def test_numbers_that_are_not_finite_never_reach_the_weights(bad, tmp_path, monk
         or real_lerp(averaged, weights, w),
     )
     parts = "loss, denoise" if bad == "loss" else "gradient"
-    with pytest.raises(BadInput, match=f"step 6: {parts} not finite: .* last good checkpoint"):
+    with pytest.raises(BadInput, match=f"step 6: {parts} not finite: .* are good"):
         train(config(tmp_path, log_every=8, save_every=5))
     assert checkpoint(tmp_path)["step"] == 5
     assert_same(last[5], last[8])  # from the bad step on, the weights stood still
