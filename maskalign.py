@@ -808,8 +808,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
         data = f"{len(dataset)} images{', cached latents' * bool(getattr(dataset, 'cache', ''))}"
         print(f"{config.method}, {size}, {data}, {world_size} x {device.type}, "
               f"steps {start} to {config.steps}; {out}", flush=True)
-        if start >= config.steps:
-            print("finished: raise --steps for more, or name another --out to start afresh")
+        if start >= config.steps: print("finished: raise --steps for more, or name another --out")
         lines = log.read_text().splitlines(True) if log.exists() else []
         log.write_text("".join(        # without what a killed run logged too much
             line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
@@ -884,7 +883,8 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             if rank == 0: tqdm.write(f"stopped and saved at step {done}: the same command goes on")
             break
         if logs: sums, since, tick = 0.0, done, time.time()
-def own_group(worker: int) -> None:    # else a signal to the whole job would end the data workers
+def own_group(worker: int) -> None:
+    """For a data worker: else a signal to the whole job would end it before the last step is done."""
     if hasattr(os, "setpgid"): os.setpgid(0, 0)
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""

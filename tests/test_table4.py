@@ -111,5 +111,5 @@ def test_shapes_are_static_so_that_compile_never_compiles_again(method, monkeypa
     built[0].compile(backend="eager", fullgraph=True)
     list(step())
     with torch.compiler.set_stance("fail_on_recompile"):
-        list(step())
-        list(step())
+        for _ in range(2):
+            assert len(list(step())) == len(table4.PHASES)  # it ran to its end, and did not raise
