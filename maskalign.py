@@ -884,7 +884,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
             break
         if logs: sums, since, tick = 0.0, done, time.time()
 def own_group(worker: int) -> None:
-    """For a data worker: else a signal to the whole job would end it before the last step is done."""
+    """For a data worker: else a signal to the whole job ends it before the last step is done."""
     if hasattr(os, "setpgid"): os.setpgid(0, 0)
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
