@@ -21,8 +21,7 @@ from pathlib import Path
 import huggingface_hub, numpy as np, safetensors.torch, timm, torch, torchvision
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from timm.layers import GELUTanh, Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
+from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, distributed as dist, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
@@ -422,8 +421,7 @@ def alignment_gap(model, x, y, z, config: Config, **drawn) -> tuple:
     return (masked - full).item(), full.item()
 
 # ---- 5. Sampling: from t = 1 (noise) to t = 0 (data), with every token (as REPA, REG) ------------
-def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale: float, cls_cfg_scale: float,
-                    dtype) -> list:
+def guided_velocity(model: SiT, state: list, t: list, y, cfg_scale, cls_cfg_scale, dtype) -> list:
     """Velocities of state = [x] or [x, cls] at level t (or one per cell), in float64. Guided where
     w = cfg_scale > 1: v = v_null + w (v_label - v_null); class token: where cls_cfg_scale > 0."""
     n, guided = len(y), cfg_scale > 1
@@ -718,8 +716,7 @@ def save_grid(images: Tensor, names: list, path) -> None:
     grid = torchvision.utils.make_grid(images, len(images) // len(names), pad_value=255)
     picture = Image.new("RGB", (grid.shape[2] + 80, grid.shape[1]), "white")
     picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (80, 0))
-    for row, name in enumerate(names):
-        y = (row + 0.5) * grid.shape[1] / len(names)
+    for y, name in zip(np.linspace(0, grid.shape[1], 2 * len(names) + 1)[1::2], names):
         ImageDraw.Draw(picture).text((6, y), name[:12], fill="black", anchor="lm")
     picture.save(path)
 def preview(model: SiT, vae: AutoencoderKL | None, config: Config, path, device) -> None:
@@ -889,11 +886,14 @@ def own_group(worker: int) -> None:
 def main() -> None:
     """Trains from the command line; bad input ends it with one sentence."""
     signals, signs = [], (signal.SIGINT, signal.SIGTERM) * ("--prepare" not in sys.argv)
-    for sign in signs: signal.signal(sign, lambda *s: signals.append(s))
+    for sign in signs: signal.signal(sign, lambda number, _: signals.append(number))
     try:
         train(parse_config(), signals)
         if dist.is_initialized(): dist.destroy_process_group()  # in train, its DDP could hang gloo
-    except (BadInput, OSError) as error:
-        sys.exit(f"maskalign.py: {str(error).strip().splitlines()[-1]}")
+    except (BadInput, OSError, RuntimeError) as error:
+        died = isinstance(error, ConnectionError) or "DataLoader worker (" in str(error)
+        if isinstance(error, RuntimeError) and not died: raise
+        advice = "; a data worker died: out of memory? The same command goes on, or fewer --workers"
+        sys.exit("maskalign.py: " + str(error).strip(" .\n").rpartition("\n")[2] + advice * died)
 if __name__ == "__main__":
     main()

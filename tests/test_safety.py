@@ -256,6 +256,19 @@ def test_a_failing_rank_ends_the_others_within_a_minute_with_its_error_first(tmp
     assert "cat/3.png" in lines[0]
 
 
+def test_a_dead_data_worker_is_one_sentence_and_the_checkpoint_stays(tmp_path):
+    folder = make_folder(tmp_path / "data", per_class=9)
+    flags = (f"--data={folder}", "--vae=none", "--image_size=16", "--workers=1", "--batch_size=2")
+    run = start(tmp_path / "out", *flags, "--steps=100000", "--save_every=1")
+    worker = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, check=True)
+    os.kill(int(worker.stdout.split()[-1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    last = errors.splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert last.startswith("maskalign.py: ") and "a data worker died" in last
+    assert "--workers" in last and checkpoint(tmp_path / "out")["step"] > 0
+
+
 def test_no_file_that_is_loaded_can_run_code(tmp_path):
     class Attack:
         def __reduce__(self):

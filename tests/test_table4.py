@@ -1,10 +1,12 @@
 """tests/table4.py: its counts are torch's, its step is train()'s, its table has every method."""
 
+import itertools
 import sys
 
 import pytest
 import table4
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,3 +115,27 @@ def test_shapes_are_static_so_that_compile_never_compiles_again(method, monkeypa
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(2):
             assert len(list(step())) == len(table4.PHASES)  # it ran to its end, and did not raise
+
+
+class Valueless(FakeTensorMode):
+    """Tensors of shapes without values: whoever asks one for a value gets an error."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("method", ["maskalign", "haste", "sra", "xar"])
+def test_no_step_of_train_waits_for_a_value_until_the_log_asks(method, tmp_path, monkeypatch):
+    """On a GPU such a step is only queued: .item(), nonzero() or an if on a loss would stall it."""
+    teacher = ma.ViTTeacher("classifier", 6).requires_grad_(False)
+    monkeypatch.setattr(ma, "build_teacher", lambda *_: teacher)
+    monkeypatch.setattr(ma, "DataLoader", lambda data, **_: itertools.repeat(list(data[:2])))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    steps, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1) or step(self))
+    config = make_config(method=method, batch_size=2, log_every=3, out=str(tmp_path))
+    with Valueless(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException) as end:
+        ma.train(config)
+    asks = [str(entry.statement) for entry in end.traceback if entry.path.name == "maskalign.py"]
+    assert len(steps) == 3 and "means.tolist()" in asks[-1]
