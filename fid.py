@@ -274,7 +274,7 @@ def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.M
         resize = f"bicubic to {net.size}, bfloat16 on GPU"
     else:
         net = build_teacher(make_config(), demo_shapes(DEMO["image_size"]), "cpu", rank)
-        resize = "none, float32"
+        resize = "none, bfloat16 on GPU"
     digest = digest if name == "inception" else sha256(list(net.state_dict().values()))
     return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
 

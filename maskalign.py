@@ -707,8 +707,7 @@ def setup_distributed() -> tuple:
     else:   # torchrun gives each process one thread: share the cores instead
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if world_size > 1: dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"))
     return rank, world_size, device
 def save_grid(images: Tensor, names: list, path) -> None:
     """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
@@ -812,6 +811,7 @@ def train(config: Config, signals: list | tuple = ()) -> None:
     attn = [tap_attention([blocks[:pair[side]][-1].attn for pair in config.attn_layers])
             for side, blocks in enumerate((model.blocks, teacher.vit.blocks))
             ] if config.attn_coeff else None
+    torch.backends.cuda.enable_cudnn_sdp(config.cells == 1)   # masked: NaN, see pytorch#196678
     if config.compile and on_gpu: model.compile()               # in place: names of weights stay
     # One fixed batch with fixed noise and the paper's mask: on it all methods compare.
     fixed = default_collate([dataset[i * (len(dataset) - 1) // 31] for i in range(32)])
@@ -893,7 +893,7 @@ def main() -> None:
     except (BadInput, OSError, RuntimeError) as error:
         died = isinstance(error, ConnectionError) or "DataLoader worker (" in str(error)
         if isinstance(error, RuntimeError) and not died: raise
-        advice = "; a data worker died: out of memory? The same command goes on, or fewer --workers"
-        sys.exit("maskalign.py: " + str(error).strip(" .\n").rpartition("\n")[2] + advice * died)
+        advice = "a data worker died (memory? /dev/shm?): type the same again, or fewer --workers"
+        sys.exit(f"maskalign.py: {advice if died else str(error).strip().splitlines()[-1]}")
 if __name__ == "__main__":
     main()

@@ -185,6 +185,7 @@ def draw_trajectory(model, vae, config, classes: list, args) -> Path:
     """One row for each class: the noisy state at nine times, from noise (left) to the image."""
     states, path = [], Path(args.out or Path(args.checkpoint).with_name("trajectory.png"))
 
+    @torch.compiler.disable    # a list that grows would be compiled anew at each step
     def record(module, inputs):
         states.append(inputs[0][:GROUP].float())
 

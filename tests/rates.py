@@ -129,6 +129,8 @@ def sampling_rates(c: ma.Config, device, num_steps: int, ckpt: str = "") -> dict
     y = torch.arange(c.batch_size, device=device) % c.num_classes
     cls, rates, images = drawn["cls_noise"] if c.class_token else None, {}, []
     for name, fast in dict(float32=False, bf16=True).items():
+        torch.set_float32_matmul_precision("high" if fast else "highest")    # as sample.py does
+        torch.backends.cudnn.allow_tf32 = fast
         if fast and device.type == "cuda":
             model.compile()
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):

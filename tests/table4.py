@@ -11,7 +11,7 @@ methods take turns, and --threads 1 counts CPU time: a busy machine hits all, or
 SiT-XL/2: REG 0.359 s with 257 tokens, MaskAlign 0.317 s with 193; that is 0.88, where tokens x
 blocks alone (column floor) would give 0.82.
 """
-import argparse, copy, dataclasses, itertools, json, os, sys
+import argparse, copy, dataclasses, gc, itertools, json, os, sys
 from pathlib import Path
 from statistics import median
 
@@ -95,6 +95,7 @@ def measure(configs: list, device, teacher, steps: int, rate: float) -> list:
                 **{name: 1000 * median(lap) for name, lap in zip(PHASES, zip(*mine))},
                 **notes[i], recompiled=graphs))
         del built
+        gc.collect()                # a compiled network holds itself: its bytes are not the next's
     reg = next((row for row in rows if row["method"] == "reg"), rows[0])
     return [row | dict(of_reg=row["GFLOP"] / reg["GFLOP"], ratio=row["ms"] / reg["ms"])
             for row in rows]
