@@ -39,6 +39,7 @@ TINY = dict(
     save_every=3,
     sample_every=100,
 )
+TINY_FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
 def launch(*argv, processes=0, check=True):
@@ -54,9 +55,8 @@ def launch(*argv, processes=0, check=True):
             f"--nproc_per_node={processes}",
         ]
     )
-    flags = [f"--{name}={value}" for name, value in TINY.items()]
     done = subprocess.run(
-        [*start, str(ROOT / "maskalign.py"), *flags, *map(str, argv)],
+        [*start, str(ROOT / "maskalign.py"), *TINY_FLAGS, *map(str, argv)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -203,7 +203,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch
 
 def test_two_processes_follow_one(tmp_path):
     """Same images, noise, masks and dropped labels; the sums differ by rounding alone."""
-    launch("--out", tmp_path / "one", processes=1)
+    train(make_config(out=str(tmp_path / "one"), **TINY))
     launch("--out", tmp_path / "two", processes=2)
     launch("--out", tmp_path / "accum", "--accum", 2, processes=2)
     one = checkpoint(tmp_path / "one")
@@ -261,7 +261,7 @@ def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly
         "--batch_size=4",
         "--steps=2",
     ]
-    launch(*flags, f"--out={tmp_path}/direct")
+    train(parse_config([*TINY_FLAGS, *flags, f"--out={tmp_path}/direct"]))
     launch(*flags, "--prepare", processes=2)
     cached = launch(*flags, f"--out={tmp_path}/cached")
     assert "cached latents" in cached.stdout
