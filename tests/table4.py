@@ -48,6 +48,7 @@ def make_step(c: ma.Config, device, teacher) -> tuple:
         attn = [ma.tap_attention([model.blocks[i - 1].attn for i, _ in c.attn_layers]),
                 ma.tap_attention([teacher.vit.blocks[i - 1].attn for _, i in c.attn_layers])
                 if teacher else [torch.randn(*z.shape[:2], 3, 12, 64, device=device)] * 9]
+    torch.backends.cuda.enable_cudnn_sdp(c.cells == 1)      # as train
     torch.compiler.reset()      # else, after 8 networks in one process, compile gives up silently
     if c.compile and on_gpu:
         model.compile()
