@@ -891,7 +891,7 @@ def main() -> None:
         train(parse_config(), signals)
         if dist.is_initialized(): dist.destroy_process_group()  # in train, its DDP could hang gloo
     except (BadInput, OSError, RuntimeError) as error:
-        died = isinstance(error, ConnectionError) or "DataLoader worker (" in str(error)
+        died = isinstance(error, ConnectionResetError) or "DataLoader worker (" in str(error)
         if isinstance(error, RuntimeError) and not died: raise
         advice = "a data worker died (memory? /dev/shm?): type the same again, or fewer --workers"
         sys.exit(f"maskalign.py: {advice if died else str(error).strip().splitlines()[-1]}")
