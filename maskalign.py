@@ -476,19 +476,44 @@ euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
     Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    advice = f"; run once with internet, or pass {flag} FILE" if flag else "; delete or replace it"
+    advice = f"run once with internet, or pass {flag} FILE" if flag else (
+        "it must be a whole .safetensors or .pth file of tensors and plain values")
     try:
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         if not path:    # ask once ourselves: offline, the hub's own client tries again for 45 s
             urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
             path = huggingface_hub.hf_hub_download(repo, filename)
-        if str(path).endswith(".safetensors"): return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{part} is damaged")      # torch would load a flipped bit silently
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:    # torch would load a flipped bit silently; a zip has a checksum of each part
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+        # Files from before torch 1.6 are no zips (pytorch-fid's is one), and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
-        name, reason = path or f"{filename} of {repo}", str(error).partition("\n")[0][:120]
-        raise BadInput(f"cannot read {name} ({type(error).__name__}: {reason}){advice}") from error
+        name, reason, kind = path or f"{filename} of {repo}", str(error), type(error).__name__
+        reason = reason[max(reason.find("Unsupported"), 0):]    # torch names a forbidden class late
+        reason = reason.partition("\n")[0][:120]
+        raise BadInput(f"cannot read {name} ({kind}: {reason}); {advice}") from error
+
+def load_vit(vit: nn.Module, state: dict, name: str, path: str) -> None:
+    """Loads a timm ViT, from timm's names or its authors'. Raises BadInput where a tensor of the
+    ViT is not in the file, or the file has more blocks; its heads and mask token are left out."""
+    try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
+        convert = sys.modules[type(vit).__module__].checkpoint_filter_fn
+        missing, unused = vit.load_state_dict(convert(state, vit), strict=False)
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        blocks = [key for key in unused if key.startswith("blocks.")]
+        if blocks:
+            raise ValueError(f"it also has {blocks[0]}")
+    except Exception as error:
+        reason = str(error).rpartition("\n")[2].strip()[:120]
+        raise BadInput(f"{path} holds weights of another model than {name} ({reason}): "
+                       "pass its own with --teacher_weights FILE") from error
 
 class ViTTeacher(nn.Module):
     """A frozen timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, patches
@@ -498,20 +523,21 @@ class ViTTeacher(nn.Module):
         own = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4) if name == "classifier" else {}
         arch = "vit_tiny_patch16_224" if own else name
         patch = re.search(r"vit_.*patch(\d+)", arch)
-        unfit = BadInput(f"teacher {name!r} is no ViT of timm with a class token: "
+        unfit = BadInput(f"teacher {name!r} is no ViT of timm with a class token and a last norm: "
                          f"try {Config.teacher}, or classifier")
         if not patch or arch not in (*timm.list_models(), *timm.list_pretrained()): raise unfit
         source, self.size = timm.get_pretrained_cfg(arch), grid * (4 if own else int(patch[1]))
-        if not own:
-            file, flag = "model.safetensors", "--teacher_weights"
-            found = dict(state_dict=read_weights(weights, source.hf_hub_id, file, flag))
-            own = dict(pretrained=True, pretrained_cfg_overlay=found)
-        try:    # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
+        try:
             self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **own)
         except Exception as error:
-            path = weights or source.hf_hub_id
-            raise BadInput(f"{path} holds weights of another model than {name}") from error
-        if not getattr(self.vit, "has_class_token", False): raise unfit
+            raise unfit from error
+        norm = getattr(self.vit, "norm", nn.Identity())
+        if getattr(self.vit, "cls_token", None) is None or isinstance(norm, nn.Identity):
+            raise unfit
+        if not own:
+            flag, repo = "--teacher_weights", source.hf_hub_id
+            state = read_weights(weights, repo, "model.safetensors", flag)
+            load_vit(self.vit, state, name, weights or repo)
         self.dim = self.vit.num_features
         constants = torch.tensor([source.mean, source.std], dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
