@@ -671,12 +671,42 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
+IMAGE_SUFFIXES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".avif",
+                  ".jp2", ".j2k", ".jpx")    # no .eps, .wmf, .mpg: Pillow runs programs for them
+SPLITS = {"train", "val", "valid", "validation", "test"}
+def is_image(path: str, skipped: collections.Counter) -> bool:
+    """Whether the file is named like an image; counts the suffixes of others in `skipped`."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in IMAGE_SUFFIXES:
+        skipped[suffix or "no suffix"] += 1
+    return suffix in IMAGE_SUFFIXES
+def tell_skipped(folder: str, skipped: collections.Counter) -> None:
+    """One line on the files left out, so that none goes missing without a word."""
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
+    if kinds:
+        print(f"{folder}: skipped what is no image by its name: {kinds}", flush=True)
+def split_folder(folder: str) -> str:
+    """`folder`/train, if nothing but other splits lies beside it: else "train" is a class."""
+    names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    beside = {name for name in names if not name.startswith(".")} - SPLITS
+    return os.path.join(folder, "train") if "train" in names and not beside else folder
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode. Pillow clips 16 bits to 0..255, which makes noise: they are scaled here.
+    Raises BadInput for 32-bit and float images, of which nobody knows what white is."""
+    sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    if sixteen:    # Pillow gives some of these as "I", scaled to 0..65535
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BadInput(f"{image.filename} has pixels of mode {image.mode}, whose range is unknown: "
+                       "save it with 8 or 16 bits")
+    return image.convert("RGB")
 class FolderImages(torchvision.datasets.ImageFolder):
     """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label[, cached moments])."""
     def __init__(self, folder: str, size: int):
-        train, self.size, self.cache = os.path.join(folder, "train"), size, None
+        self.size, self.cache, self.skipped = size, None, collections.Counter()
         try:
-            super().__init__(train if os.path.isdir(train) else folder)
+            super().__init__(split_folder(folder), is_valid_file=functools.partial(
+                is_image, skipped=self.skipped))
             for path, _ in self.samples[::1 + len(self) // 1000]: Image.open(path).close()
         except OSError as error:
             raise BadInput(f"--data {folder} must hold images as class/*.jpg: {error}") from error
@@ -684,7 +714,9 @@ class FolderImages(torchvision.datasets.ImageFolder):
         path, label = self.samples[i]
         try:
             with Image.open(path) as file:
-                crop = np.array(center_crop(file.convert("RGB"), self.size))
+                crop = np.array(center_crop(to_rgb(file), self.size))
+        except BadInput:
+            raise
         except Exception as error:
             raise BadInput(f"{path} is no readable image: mend or remove it") from error
         moments = [torch.tensor(np.load(self.cache, "r")[i])] if self.cache else []
@@ -810,6 +842,8 @@ def train(config: Config, signals: list | tuple = ()) -> None:
         raise BadInput(f"batch_size is {config.batch_size}: it must be a multiple of "
                        f"{world_size} processes x accum {config.accum}")
     dataset = FolderImages(config.data, size) if config.data else demo_shapes(size)
+    if config.data and rank == 0:
+        tell_skipped(config.data, dataset.skipped)
     vae = build_vae(config, device)
     if config.prepare: return prepare(config, dataset, vae, device, rank, world_size)
     if config.data and vae and (cache := cache_file(config, dataset, vae)).exists():
