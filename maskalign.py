@@ -488,7 +488,8 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
         if zipped:    # torch would load a flipped bit silently; a zip has a checksum of each part
-            damaged = zipfile.ZipFile(path).testzip()
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"{damaged} is damaged")
         # Files from before torch 1.6 are no zips (pytorch-fid's is one), and cannot be mapped.
