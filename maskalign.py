@@ -673,7 +673,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 IMAGE_SUFFIXES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".avif",
-                  ".jp2", ".j2k", ".jpx")    # no .eps, .wmf, .mpg: Pillow runs programs for them
+                  ".jp2", ".j2k", ".jpx")    # no .eps: Pillow runs Ghostscript for it
 SPLITS = {"train", "val", "valid", "validation", "test"}
 def is_image(path: str, skipped: collections.Counter) -> bool:
     """Whether the file is named like an image; counts the suffixes of others in `skipped`."""
