@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is equal to the bit on CPU is not on a GPU
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "golden")]
 
@@ -35,3 +36,24 @@ def shapes_are_drawn_once():
     import maskalign
 
     maskalign.demo_shapes = functools.cache(maskalign.demo_shapes)
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory):
+    """The SD-VAE's format, with made-up values."""
+    return save_weights("vae/sd_vae", tmp_path_factory.mktemp("vae") / "vae.pth")
+
+
+@pytest.fixture(scope="session")
+def dino_file(tmp_path_factory):
+    """Meta's format: 37 x 37 positions and a mask token, in a .pth file; made-up values."""
+    path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
+    return save_weights("dinov2/vit_s14_224", path)
+
+
+def save_weights(case, path):
+    import torch
+    from golden_cases import CASES, weights
+
+    torch.save(weights(CASES[case], torch.float32), path)
+    return str(path)

@@ -5,7 +5,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from golden_cases import CASES, assert_golden, inputs, weights
+from golden_cases import CASES, assert_golden, inputs
 
 import maskalign
 from maskalign import (
@@ -26,18 +26,11 @@ NAME = "vit_small_patch14_dinov2.lvd142m"
 
 
 @pytest.fixture(scope="module")
-def dino_file(tmp_path_factory):
-    """Meta's format: 37 x 37 positions and a mask token, in a .pth file."""
-    path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
-    torch.save(weights(DINO, torch.float32), path)
-    return str(path)
+def vae_weights(vae_file):
+    return read_weights(vae_file)
 
 
-@pytest.fixture(scope="module")
-def vae_weights():
-    return weights(VAE, torch.float32)
-
-
+@pytest.mark.golden
 def test_teacher_tokens_equal_the_official_ones(dino_file):
     teacher, x = ViTTeacher(NAME, 16, dino_file).double().eval(), inputs(DINO)
     assert_golden(teacher.vit.pos_embed, DINO, "pos_embed_resampled")
@@ -48,6 +41,7 @@ def test_teacher_tokens_equal_the_official_ones(dino_file):
     assert tokens.shape == (1, 257, 384) == (1, 1 + 16**2, teacher.dim)
 
 
+@pytest.mark.golden
 def test_teacher_in_float32_equals_the_official_run(dino_file):
     teacher, x = ViTTeacher(NAME, 16, dino_file).eval(), inputs(DINO, torch.float32)
     with torch.no_grad():
@@ -62,7 +56,7 @@ def test_teacher_reads_timms_format_like_metas(dino_file, tmp_path):
     image = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
     a, b = (ViTTeacher(NAME, 16, file).eval() for file in (dino_file, path))
     with torch.no_grad():
-        assert torch.equal(a(image), b(image))
+        torch.testing.assert_close(a(image), b(image))
 
 
 def test_teacher_has_one_patch_per_latent_token_at_any_size(dino_file):
@@ -152,6 +146,7 @@ def test_a_file_in_the_hubs_cache_is_used_without_internet(monkeypatch, dino_fil
     assert ViTTeacher(NAME, 4).dim == 384
 
 
+@pytest.mark.golden
 def test_vae_equals_the_published_one(vae_weights):
     vae = AutoencoderKL({k: v.double() for k, v in vae_weights.items()})
     x = inputs(VAE)
@@ -175,9 +170,10 @@ def test_vae_reads_files_with_the_old_attention_names(vae_weights, tmp_path):
     safetensors.torch.save_file(renamed, path)
     vae = build_vae(make_config(data="x", vae_weights=path), "cpu")
     x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(vae.encode(x)[0], AutoencoderKL(vae_weights).encode(x)[0])
+    torch.testing.assert_close(vae.encode(x)[0], AutoencoderKL(vae_weights).encode(x)[0])
 
 
+@pytest.mark.golden
 def test_latents_are_scaled_and_pixels_truncated_as_in_repa(vae_weights):
     vae, x = AutoencoderKL(vae_weights), inputs(VAE, torch.float32)
     moments = encode_images(vae, x["image_u8"].to(torch.uint8))

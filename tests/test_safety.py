@@ -1,6 +1,7 @@
 """A run cannot be lost: kills, full disks, damaged files, broken numbers, dead ranks, odd input."""
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -294,8 +295,9 @@ def test_settings_that_do_not_are_told_and_accepted(tmp_path, capsys):
     assert checkpoint(tmp_path)["step"] == 3
 
 
-def test_random_settings_give_a_config_or_one_sentence(capsys):
+def test_random_settings_give_a_config_or_one_sentence(capsys, monkeypatch):
     """Fuzz: flags of every type with values that may or may not make sense."""
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))  # slow: --help
     chance, outcomes = random.Random(0), {"valid": 0, "refused": 0}
     odd = [
         -1,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import CASES, weights
 from PIL import Image
 from processes import ROOT, start_ranks
 from test_data import make_folder
@@ -244,18 +243,18 @@ def test_full_token_alignment_compares_masked_and_unmasked_runs(tmp_path):
     assert values[0] == pytest.approx(values[1], abs=1e-6)
 
 
-def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly(tmp_path, capsys):
+def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly(
+    vae_file, dino_file, tmp_path, capsys
+):
     """The ImageNet path, small: true file formats, made-up values, two processes prepare."""
     folder = make_folder(tmp_path / "data", per_class=5, size=(70, 50))
-    for name, case in (("vae", "vae/sd_vae"), ("dino", "dinov2/vit_s14_224")):
-        torch.save(weights(CASES[case], torch.float32), tmp_path / f"{name}.pth")
     flags = [
         f"--data={folder}",
-        f"--vae_weights={tmp_path}/vae.pth",
+        f"--vae_weights={vae_file}",
         "--image_size=32",
         "--workers=1",
         "--teacher=vit_small_patch14_dinov2.lvd142m",
-        f"--teacher_weights={tmp_path}/dino.pth",
+        f"--teacher_weights={dino_file}",
         "--batch_size=4",
         "--steps=2",
     ]
