@@ -207,13 +207,13 @@ def test_weights_that_are_no_vae_are_refused_with_one_sentence(dino_file, vae_we
 
 def test_demo_teacher_learns_its_classes_and_has_a_patch_per_token():
     data = demo_shapes(24, 2048)
-    config = make_config(num_classes=8, teacher_steps=250)
+    config = make_config(num_classes=8, teacher_steps=150)
     teacher = build_teacher(config, data, "cpu")
     images, labels = data.tensors
     with torch.no_grad():
         z = teacher(images[:512])
         named = teacher.vit.head(z[:, 0] + z[:, 1:].mean(1)).argmax(-1)
-        assert (named == labels[:512]).float().mean() > 0.8
+        assert (named == labels[:512]).float().mean() > 0.7  # chance: 0.125
     assert isinstance(teacher, ViTTeacher) and z.shape == (512, 37, 64)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     for tokens in (z[:, 0], z[:, 1:].flatten(0, 1)):
