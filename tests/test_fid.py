@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,12 +12,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from processes import start_ranks
 
 import fid
 import maskalign
 from maskalign import BadInput
 
-ROOT = Path(__file__).parent.parent
 GOLD = formula.load("public")
 
 
@@ -75,7 +74,10 @@ def png(path, *size, mode="RGB"):
 
 
 def cases(table):
-    return pytest.mark.parametrize("case", GOLD[table])
+    """Parametrises a test over a table of golden numbers, and marks it `golden`."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=pytest.mark.golden) for case in GOLD[table]]
+    )
 
 
 # ---- the golden numbers
@@ -136,20 +138,17 @@ def test_the_five_numbers_are_those_of_adm(measured, inception):
     assert fid.inception_score(logits, 20) == pytest.approx(gold, rel=5e-5)
 
 
-def test_two_processes_judge_by_an_adm_reference_as_adm_does(folder, measured, inception):
+def test_two_processes_judge_by_an_adm_reference_as_adm_does(
+    folder, measured, inception, monkeypatch
+):
     """Its statistics (of 64 images) count for FID and sFID, its images (24) for the others."""
     stats = {key: measured["A"][key] for key in fid.STATISTICS}
     np.savez(folder / "virtual.npz", arr_0=formula.images("public", "A")[:24], **stats)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=24"]  # 48 + 16
-    shown = subprocess.run(
-        [*start, ROOT / "fid.py", "B.npz", *argv],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    ).stdout
+    monkeypatch.chdir(folder)
+    ranks = [rank.end() for rank in start_ranks(2, "fid.py", "B.npz", *argv)]
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    shown = ranks[0][1]
     found = json.loads((folder / "o.json").read_text())
     assert_pair(found, "ref=A24+stats(A),sample=B", "B")
     assert found["n"] == 64 and found["protocol"]["statistics"] == "stored"
