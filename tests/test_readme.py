@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import fid
 import maskalign
@@ -52,6 +53,9 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, rest = words[at], words[at + 1 :]
     assert (ROOT / script).exists()
+    if words[0] == "torchrun":  # it must not take a flag of ours for its own
+        given = get_args_parser().parse_args(words[1:])
+        assert (given.training_script, given.training_script_args) == (script, rest)
     if script in PARSERS:
         monkeypatch.chdir(tmp_path)
         PARSERS[script](rest)
