@@ -12,7 +12,7 @@ with an error (fewer images than features). --features dinov2 compares features 
 Inception misjudges what diffusion models are good at (Stein et al. 2023, arXiv 2306.04675).
 """
 import argparse, hashlib, json, math, os, re, sys, urllib.request, zipfile, zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
-from maskalign import (DEMO, BadInput, Config, ViTTeacher, build_teacher, demo_shapes, make_config,
-                       read_weights, setup_distributed)
+from maskalign import (DEMO, IMAGE_SUFFIXES, BadInput, Config, ViTTeacher, build_teacher,
+                       demo_shapes, is_image, make_config, read_weights, setup_distributed,
+                       tell_skipped)
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")      # the name ends as its sha256 begins
@@ -106,7 +106,11 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
             raise BadInput(f"cannot download {WEIGHTS_URL} ({error}): run once with internet, or "
                            "fetch it elsewhere and pass --weights FILE") from error
     path, net = path or cached, FIDInception()
-    state = read_weights(str(path))
+    state, digest = read_weights(str(path)), sha256([path])
+    told = re.search(r"-([0-9a-f]{8})\.pth$", str(path))
+    if told and not digest.startswith(told[1]):    # the published format has no other checksum
+        raise BadInput(f"{path} is damaged, or not what its name says: its sha256 begins with "
+                       f"{digest[:8]}, fetch it anew from {WEIGHTS_URL}")
     try:
         unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
         net.load_state_dict({**unread, **state})
@@ -116,7 +120,7 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
     for layer in net.eval().requires_grad_(False).modules():
         if isinstance(layer, BasicConv2d):    # its batch norm becomes part of the convolution
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
-    return net.to(memory_format=torch.channels_last), sha256([path])    # both: twice as fast on CPU
+    return net.to(memory_format=torch.channels_last), digest          # both: twice as fast on CPU
 
 # ---- 2. The metrics: functions of features, in float64 -------------------------------------------
 def add_moments(sums: torch.Tensor, x: torch.Tensor) -> None:
@@ -188,13 +192,17 @@ def precision_recall(ref: torch.Tensor, sample: torch.Tensor, k: int = 3) -> tup
     return hits / len(sample), recalled.sum().item() / len(ref)
 
 # ---- 3. Images: an npz or a folder, read batch by batch ------------------------------------------
-def open_images(path: str) -> Images | None:
+def open_images(path: str, rank: int = 0) -> Images | None:
     """The Images of a folder, at any depth and in natural order, or of an npz; None where an npz
     has only statistics. Looks at headers alone. Raises BadInput for what is not uint8 RGB."""
     if Path(path).is_dir():
-        files = [file for file in Path(path).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS]
+        skipped = Counter()
+        files = [file for file in Path(path).rglob("*")
+                 if not file.is_dir() and is_image(str(file), skipped)]
         if not files:
-            raise BadInput(f"{path} holds no images: name a folder of {', '.join(IMG_EXTENSIONS)}")
+            raise BadInput(f"{path} holds no images: name a folder of {', '.join(IMAGE_SUFFIXES)}")
+        if rank == 0:
+            tell_skipped(path, skipped)
         files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in
                                      re.split(r"([0-9]+)", str(file.relative_to(path)))])
         size = read_image(files[0]).shape[:2]
@@ -404,7 +412,7 @@ def run(args: argparse.Namespace) -> dict | None:
     except ValueError as error:
         raise BadInput(f"{args.settings} beside the samples is no JSON: remove it") from error
     paths = [path for path in (args.samples, args.ref) if path]
-    sets = [open_images(path) for path in paths]
+    sets = [open_images(path, rank) for path in paths]
     if args.features == "demo" and not args.ref:
         shapes = demo_shapes(DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
         paths.append("drawn shapes")

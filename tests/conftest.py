@@ -1,9 +1,59 @@
-"""Makes `import maskalign` and `import golden_formula` work from any folder; hides the GPU."""
+"""Makes `import maskalign` work from any folder, hides the GPU, and sets the two markers.
 
+pytest -m "not slow"     the method, its objective, its samplers: 30 s, for who does the exercises
+pytest -m golden         what is compared with numbers of the official programs
+"""
+
+import functools
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is equal to the bit on CPU is not on a GPU
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "golden")]
+
+QUICK = ("config", "data", "method", "model", "objective", "sampler")  # test_*.py; others are slow
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "golden: compared with numbers of the official programs")
+    config.addinivalue_line("markers", "slow: not in the quick half; set by conftest.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") not in QUICK:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes_are_drawn_once():
+    """Each run of the demo draws the same 8192 images: once is enough."""
+    import maskalign
+
+    maskalign.demo_shapes = functools.cache(maskalign.demo_shapes)
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory):
+    """The SD-VAE's format, with made-up values."""
+    return save_weights("vae/sd_vae", tmp_path_factory.mktemp("vae") / "vae.pth")
+
+
+@pytest.fixture(scope="session")
+def dino_file(tmp_path_factory):
+    """Meta's format: 37 x 37 positions and a mask token, in a .pth file; made-up values."""
+    path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
+    return save_weights("dinov2/vit_s14_224", path)
+
+
+def save_weights(case, path):
+    import torch
+    from golden_cases import CASES, weights
+
+    torch.save(weights(CASES[case], torch.float32), path)
+    return str(path)

@@ -15,15 +15,14 @@ CASES = {case["id"]: case for case in GOLD["cases"]}
 
 
 def ids(prefix, without=()):
-    """Parametrises a test over the cases whose id starts with `prefix`."""
+    """Parametrises a test over the cases whose id starts with `prefix`, and marks it `golden`."""
     return pytest.mark.parametrize(
         "case",
         [
-            case
+            pytest.param(case, id=name, marks=pytest.mark.golden)
             for name, case in CASES.items()
             if name.startswith(prefix) and not any(word in name for word in without)
         ],
-        ids=lambda case: case["id"],
     )
 
 
@@ -72,7 +71,10 @@ def model(case, dtype=torch.float64):
 
 
 def assert_golden(value, case, name):
-    """Every statistic and sampled value agrees: 1e-10 in float64, the stored width in float32."""
+    """Every statistic and sampled value agrees, within the width that is stored with it.
+
+    In float64 that is 2e-7 of the largest value where t is embedded: cos and sin in float32, as the
+    official code takes them, differ in the last bit between processors. Else 1e-10 of it."""
     gold = case["outputs"][name]
     exact = value.dtype == torch.float64
     array = value.detach().double().numpy().reshape(gold["shape"])

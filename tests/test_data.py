@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from golden_cases import CASES, weights
 from PIL import Image
 
 import maskalign
@@ -36,7 +35,8 @@ def make_folder(root, classes=("cat", "dog"), per_class=3, size=(40, 30)):
 
 def test_demo_images_are_decided_by_their_index():
     few, many = demo_shapes(24, 64), demo_shapes(24, 256)
-    assert torch.equal(few.tensors[0], many.tensors[0][:64])
+    difference = (few.tensors[0].int() - many.tensors[0][:64].int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 1e-3  # cos, sin: the last bit
     assert few.tensors[0].dtype == torch.uint8 and few.tensors[0].shape == (64, 3, 24, 24)
     assert few.tensors[1].tolist() == [i % 8 for i in range(64)] and len(few.classes) == 8
     assert len({image.numpy().tobytes() for image in many.tensors[0]}) == 256
@@ -88,6 +88,80 @@ def test_folder_classes_are_its_sorted_subfolders_with_or_without_train(tmp_path
     split = FolderImages(str(tmp_path / "b"), 16)
     assert plain.classes == split.classes == ["ant", "zebra"]
     assert len(plain) == len(split) == 6 and plain[5][1] == 1
+
+
+def ramp_file(path, dtype="<u2", mode=None, top=65535):
+    """A grey ramp from 0 to `top`, in the format that the name tells."""
+    ramp = np.linspace(0, top, 64).astype(dtype)[None].repeat(64, axis=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(ramp)
+    assert mode in (None, image.mode)
+    image.save(path)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, opened",
+    [
+        ("x.png", "<u2", ("I;16", "I")),  # "I" before Pillow 11
+        ("x.tif", "<u2", ("I;16",)),
+        ("x.tif", ">u2", ("I;16B",)),
+        ("x.pgm", "<u2", ("I",)),
+        ("x.png", "u1", ("L",)),
+    ],
+)
+def test_a_grey_ramp_stays_a_ramp_with_8_and_with_16_bits(name, dtype, opened, tmp_path):
+    path, top = tmp_path / "only" / name, np.iinfo(dtype).max
+    ramp_file(path, dtype, top=top)
+    with Image.open(path) as image:
+        assert image.mode in opened
+    crop, _ = FolderImages(str(tmp_path), 64)[0]
+    expected = np.linspace(0, 255, 64)
+    for channel in crop:
+        assert np.abs(channel[30].numpy() - expected).max() <= 1
+    assert crop.min() == 0 and crop.max() == 255
+
+
+@pytest.mark.parametrize("mode, dtype", [("I", "<i4"), ("F", "<f4")])
+def test_pixels_of_unknown_range_are_refused_with_one_sentence(mode, dtype, tmp_path):
+    ramp_file(tmp_path / "only" / "x.tif", dtype, mode, top=1)
+    images = FolderImages(str(tmp_path), 16)
+    with pytest.raises(BadInput, match=f"x.tif has pixels of mode {mode}, .*: save it with 8 or"):
+        images[0]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".jfif", ".jp2", ".avif", ".JPEG", ".webp"])
+def test_formats_of_photographs_are_read(suffix, tmp_path):
+    if Image.registered_extensions().get(suffix.lower()) not in Image.SAVE:
+        pytest.skip("this Pillow was built without it")
+    (tmp_path / "only").mkdir()
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "only" / f"x{suffix}")
+    (crop, _) = FolderImages(str(tmp_path), 16)[0]
+    assert (crop.float().mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 8
+
+
+def test_files_that_are_skipped_are_told_in_one_line(tmp_path, capsys):
+    folder = make_folder(tmp_path)
+    for name in ("cat/a.txt", "dog/b.TXT", "dog/c.svg", "dog/Thumbs"):
+        (tmp_path / name).write_text("no image")
+    images = FolderImages(folder, 16)
+    maskalign.tell_skipped(folder, images.skipped)
+    shown = capsys.readouterr().out
+    assert len(images) == 6 and "no image by its name: 2 .txt, 1 no suffix, 1 .svg\n" in shown
+    maskalign.tell_skipped(folder, FolderImages(make_folder(tmp_path / "all"), 16).skipped)
+    assert capsys.readouterr().out == ""
+
+
+def test_train_is_a_class_where_other_classes_lie_beside_it(tmp_path):
+    vehicles = FolderImages(make_folder(tmp_path / "a", ("bus", "train", "tram")), 16)
+    assert vehicles.classes == ["bus", "train", "tram"] and len(vehicles) == 9
+    root = tmp_path / "b"
+    make_folder(root / "train", ("ant", "bee"))
+    make_folder(root / "val", ("ant", "bee"))
+    make_folder(root / "test", ("all",))
+    (root / ".cache").mkdir()  # hidden folders and files are no classes
+    (root / "LICENSE").write_text("x")
+    split = FolderImages(str(root), 16)
+    assert split.classes == ["ant", "bee"] and len(split) == 6
 
 
 def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
@@ -147,13 +221,6 @@ def test_the_stream_goes_on_where_it_stopped():
     config = make_config(batch_size=4, steps=9)
     whole = [list(b) for b in index_batches(10, config, 0, 0, 1)]
     assert [list(b) for b in index_batches(10, config, 5, 0, 1)] == whole[5:]
-
-
-@pytest.fixture(scope="module")
-def vae_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vae") / "vae.pth"
-    torch.save(weights(CASES["vae/sd_vae"], torch.float32), path)
-    return str(path)
 
 
 def prepared(folder, vae_file, **typed):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,12 +12,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from processes import start_ranks
 
 import fid
 import maskalign
 from maskalign import BadInput
 
-ROOT = Path(__file__).parent.parent
 GOLD = formula.load("public")
 
 
@@ -75,7 +74,10 @@ def png(path, *size, mode="RGB"):
 
 
 def cases(table):
-    return pytest.mark.parametrize("case", GOLD[table])
+    """Parametrises a test over a table of golden numbers, and marks it `golden`."""
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=pytest.mark.golden) for case in GOLD[table]]
+    )
 
 
 # ---- the golden numbers
@@ -136,20 +138,17 @@ def test_the_five_numbers_are_those_of_adm(measured, inception):
     assert fid.inception_score(logits, 20) == pytest.approx(gold, rel=5e-5)
 
 
-def test_two_processes_judge_by_an_adm_reference_as_adm_does(folder, measured, inception):
+def test_two_processes_judge_by_an_adm_reference_as_adm_does(
+    folder, measured, inception, monkeypatch
+):
     """Its statistics (of 64 images) count for FID and sFID, its images (24) for the others."""
     stats = {key: measured["A"][key] for key in fid.STATISTICS}
     np.savez(folder / "virtual.npz", arr_0=formula.images("public", "A")[:24], **stats)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=24"]  # 48 + 16
-    shown = subprocess.run(
-        [*start, ROOT / "fid.py", "B.npz", *argv],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    ).stdout
+    monkeypatch.chdir(folder)
+    ranks = [rank.end() for rank in start_ranks(2, "fid.py", "B.npz", *argv)]
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    shown = ranks[0][1]
     found = json.loads((folder / "o.json").read_text())
     assert_pair(found, "ref=A24+stats(A),sample=B", "B")
     assert found["n"] == 64 and found["protocol"]["statistics"] == "stored"
@@ -247,6 +246,16 @@ def test_a_folder_at_any_depth_reads_as_the_npz_in_natural_order(tmp_path):
             assert np.array_equal(np.concatenate([images[:0], *batches]), images[first:last])
 
 
+def test_a_folder_takes_the_same_files_as_training_and_tells_the_others(tmp_path, capsys):
+    for i, suffix in enumerate((".PNG", ".jfif", ".jp2", ".webp")):
+        png(tmp_path / f"sub.jpg/{i}{suffix}")  # the folder is no image, whatever its name
+    for name in ("samples.json", "sub.jpg/a.txt", "b.txt"):
+        (tmp_path / name).write_text("{}")
+    assert fid.open_images(str(tmp_path)).count == 4
+    assert "skipped what is no image by its name: 2 .txt, 1 .json\n" in capsys.readouterr().out
+    assert fid.open_images(str(tmp_path), rank=1).count == 4 and not capsys.readouterr().out
+
+
 def test_reading_holds_a_batch_and_not_the_file(tmp_path):
     import tracemalloc
 
@@ -322,14 +331,31 @@ def test_dinov2_leaves_out_what_it_has_no_answer_to(quick, monkeypatch, tmp_path
 
 
 def test_weights_with_and_without_batch_counts_load_the_same(tmp_path):
-    state = fid.FIDInception().state_dict()
+    """The full file is in the format of before torch 1.6, as the published one is."""
+    state = dict(fid.FIDInception().state_dict())
     slim = {key: value for key, value in state.items() if "num_batches" not in key}
     assert (len(state), len(slim)) == (566, 472)
-    for i, part in enumerate((state, slim)):
-        torch.save(part, tmp_path / f"{i}.pth")
+    torch.save(state, tmp_path / "0.pth", _use_new_zipfile_serialization=False)
+    torch.save(slim, tmp_path / "1.pth")
+    assert not zipfile.is_zipfile(tmp_path / "0.pth")
     first, second = (fid.load_inception(str(tmp_path / f"{i}.pth"))[0] for i in range(2))
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_damaged_copy_of_the_published_file_is_refused_by_its_name(folder, tmp_path):
+    """The format of before torch 1.6 has no checksum: a flipped bit would be another Inception."""
+    state = torch.load(folder / "w.pth", weights_only=True)
+    beside = tmp_path / "new.pth"
+    torch.save(state, beside, _use_new_zipfile_serialization=False)
+    whole, digest = bytearray(beside.read_bytes()), fid.sha256([beside])
+    named = tmp_path / f"pt_inception-{digest[:8]}.pth"
+    named.write_bytes(whole)
+    assert fid.load_inception(str(named))[1] == digest
+    whole[len(whole) // 2] ^= 1
+    named.write_bytes(whole)
+    with pytest.raises(BadInput, match=f"{digest[:8]}.pth is damaged, .*: its sha256 begins with"):
+        fid.load_inception(str(named))
 
 
 # ---- bad input: one sentence each

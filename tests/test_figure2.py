@@ -1,8 +1,6 @@
 """figure2.py and curves.py: known gradients, known shares, known gaps; pictures, plain errors."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
 import curves
@@ -12,9 +10,10 @@ import torch
 from curves import by_name, draw_curves, read_log, ticks
 from figure2 import describe, gradient_norms, membership, parse_args
 from PIL import Image, ImageColor
+from processes import ROOT, Program
 from test_method import trained_looking
 from test_model import tiny
-from test_training import ROOT, TINY
+from test_training import TINY
 
 import maskalign
 from maskalign import (
@@ -130,10 +129,10 @@ def test_a_position_that_always_stands_out_has_probability_one_among_images_that
 @pytest.mark.parametrize("method", ["repa", "reg"])
 def test_gap_of_tokens_that_ignore_each_other_is_zero(method):
     inputs, drawn = problem(method, masked=True)
-    assert alignment_gap(TokenByToken().double(), *inputs, **drawn)[0] == 0
-    assert alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn)[0] != 0
+    assert abs(alignment_gap(TokenByToken().double(), *inputs, **drawn)[0]) < 1e-12
+    assert abs(alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn)[0]) > 1e-4
     drawn["ids_keep"] = torch.arange(16).expand(5, -1)  # nothing dropped: nothing changes
-    assert alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn)[0] == 0
+    assert abs(alignment_gap(TokenByToken(mix=3.0).double(), *inputs, **drawn)[0]) < 1e-12
 
 
 def test_gap_is_the_difference_of_the_two_losses_on_the_kept_tokens():
@@ -210,14 +209,15 @@ def test_the_command_measures_two_runs_and_draws_them(runs, tmp_path, capsys, mo
     monkeypatch.setattr(figure2, "BATCH", 7)  # the maps do not depend on it
     figure2.run(options(runs["maskalign"], "--out", tmp_path / "again"))
     again = json.loads((tmp_path / "again" / "figure2.json").read_text())["runs"]["maskalign"]
-    assert again["maps"] == found["runs"]["maskalign"]["maps"]
+    for a, b in zip(again["maps"], found["runs"]["maskalign"]["maps"], strict=True):
+        moved = (torch.tensor(a["map"]) - torch.tensor(b["map"])).abs()
+        assert moved.mean() < 0.01  # rounding may exchange a token or two of an image's top 10%
 
 
 def test_bad_input_ends_the_command_with_one_sentence(runs, tmp_path):
-    script = [sys.executable, str(ROOT / "tests" / "figure2.py")]
-    done = subprocess.run([*script, runs["sit"]], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "(sit) aligns nothing" in done.stderr and "tests/curves.py" in done.stderr
+    status, shown, errors = Program("tests/figure2.py", runs["sit"]).end()
+    assert status == 1 and shown == "" and errors.count("\n") == 1
+    assert "(sit) aligns nothing" in errors and "tests/curves.py" in errors
     for argv, message in (
         ([tmp_path / "nowhere"], "there is no .*nowhere"),
         ([tmp_path], "cannot read .*latest.pt"),

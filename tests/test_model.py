@@ -50,6 +50,7 @@ def test_forward_equals_the_official_one(case, dtype):
         assert_golden(out.v_cls, case, "cls")
 
 
+@pytest.mark.slow
 @ids("forward/reg_SiT-B-2")
 def test_forward_of_the_published_size_equals_the_official_one(case):
     sit, x = model(case), inputs(case)

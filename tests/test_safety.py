@@ -1,5 +1,7 @@
 """A run cannot be lost: kills, full disks, damaged files, broken numbers, dead ranks, odd input."""
 
+import functools
+import inspect
 import json
 import math
 import os
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, start_ranks
 from test_data import make_folder
-from test_training import ROOT, TINY, assert_same, checkpoint, log
+from test_training import TINY, assert_same, checkpoint, log
 
 import maskalign
 from maskalign import BadInput, make_config, parse_config, train
@@ -42,24 +45,17 @@ def whole(tmp_path_factory):
     return out
 
 
-def start(out, *flags, processes=0, **options):
-    """The program in the background; returns once it has logged a step."""
-    command = [sys.executable, str(ROOT / "maskalign.py")]
-    if processes:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command[1:1] = torchrun
-    settings = {**SETTINGS, "out": out}
-    run = subprocess.Popen(
-        [*command, *(f"--{name}={value}" for name, value in settings.items()), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def flags_of(out):
+    return [f"--{name}={value}" for name, value in {**SETTINGS, "out": out}.items()]
+
+
+def start(out, *flags, processes=1, **options):
+    """The program in the background, its ranks; returns once it has logged a step."""
+    ranks = start_ranks(processes, "maskalign.py", *flags_of(out), *flags, **options)
     log_file = Path(out) / "log.jsonl"
-    while run.poll() is None and not (log_file.exists() and log_file.read_text()):
+    while ranks[0].runs() and not (log_file.exists() and log_file.read_text()):
         time.sleep(0.02)
-    return run
+    return ranks
 
 
 # ---- kills
@@ -68,13 +64,14 @@ def start(out, *flags, processes=0, **options):
 def test_killed_at_random_moments_it_resumes_and_ends_bit_equal(whole, tmp_path):
     chance = random.Random(0)
     for _ in range(3):
-        run = start(tmp_path)
+        (run,) = start(tmp_path)
         time.sleep(chance.uniform(0, 0.6))
         run.kill()
-        run.communicate()
+        run.end()
         if list(tmp_path.glob("step-*.pt")):
             maskalign.read_weights(str(max(tmp_path.glob("step-*.pt"))))  # the newest is whole
-    assert start(tmp_path).wait() == 0
+    (run,) = start(tmp_path)
+    assert run.end()[0] == 0
     assert_equal_runs(whole, tmp_path)
 
 
@@ -160,11 +157,11 @@ def test_the_last_checkpoint_is_deleted_only_after_the_next_is_on_disk(tmp_path,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_exits_0(number, whole, tmp_path):
-    run = start(tmp_path, "--steps=100000", "--save_every=100000")
-    run.send_signal(number)
-    shown, _ = run.communicate(timeout=60)
+    (run,) = start(tmp_path, "--steps=100000", "--save_every=100000")
+    os.kill(run.pid, number)
+    status, shown, _ = run.end(timeout=60)
     step = checkpoint(tmp_path)["step"]
-    assert run.returncode == 0 and 0 < step < 100_000
+    assert status == 0 and 0 < step < 100_000
     assert f"stopped and saved at step {step}: the same command goes on" in shown
     if step < 8:
         train(config(tmp_path))
@@ -174,24 +171,20 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(number, whole, tmp_path):
 def test_a_signal_to_the_whole_job_leaves_the_data_workers_alive_for_the_last_step(tmp_path):
     folder = make_folder(tmp_path / "data", per_class=9)
     flags = (f"--data={folder}", "--vae=none", "--image_size=16", "--workers=2", "--batch_size=2")
-    run = start(
-        tmp_path / "out", *flags, "--steps=100000", "--save_every=100000", start_new_session=True
-    )
+    flags += ("--steps=100000", "--save_every=100000")
+    (run,) = start(tmp_path / "out", *flags, before=os.setsid)
     os.killpg(run.pid, signal.SIGTERM)
-    shown, errors = run.communicate(timeout=60)
-    assert run.returncode == 0 and "stopped and saved" in shown, errors
+    status, shown, errors = run.end(timeout=60)
+    assert status == 0 and "stopped and saved" in shown, errors
     assert checkpoint(tmp_path / "out")["step"] > 0
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_is_told_to(tmp_path):
-    run = start(tmp_path, "--steps=100000", "--save_every=100000", processes=2)
-    children = subprocess.run(
-        ["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
-    shown, errors = run.communicate(timeout=60)
-    assert run.returncode == 0, errors
-    assert shown.count("stopped and saved at step") == 1
+    ranks = start(tmp_path, "--steps=100000", "--save_every=100000", processes=2)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    ends = [rank.end(timeout=60) for rank in ranks]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert [shown.count("stopped and saved at step") for _, shown, _ in ends] == [1, 0]
     assert checkpoint(tmp_path)["step"] == log(tmp_path)[-1]["step"]
 
 
@@ -218,8 +211,10 @@ def test_numbers_that_are_not_finite_never_reach_the_weights(bad, tmp_path, monk
     monkeypatch.setattr(
         torch,
         "_foreach_lerp_",
-        lambda averaged, weights, w: last.update({len(calls): [p.clone() for p in weights]})
-        or real_lerp(averaged, weights, w),
+        lambda averaged, weights, w: (
+            last.update({len(calls): [p.clone() for p in weights]})
+            or real_lerp(averaged, weights, w)
+        ),
     )
     parts = "loss, denoise" if bad == "loss" else "gradient"
     with pytest.raises(BadInput, match=f"step 6: {parts} not finite: .* are good"):
@@ -233,13 +228,10 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path):
     train(config(tmp_path, steps=3, save_every=3))
     limit = (tmp_path / "latest.pt").stat().st_size // 2
 
-    def small_disk():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    run = start(tmp_path, "--steps=6", "--save_every=3", preexec_fn=small_disk)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and f"cannot save {tmp_path}/step-0000006.pt" in errors
+    small_disk = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    (run,) = start(tmp_path, "--steps=6", "--save_every=3", before=small_disk)
+    status, _, errors = run.end(timeout=60)
+    assert status == 1 and f"cannot save {tmp_path}/step-0000006.pt" in errors
     assert checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.tmp"))
 
 
@@ -247,24 +239,23 @@ def test_a_failing_rank_ends_the_others_within_a_minute_with_its_error_first(tmp
     folder = make_folder(tmp_path / "data", per_class=9)
     (tmp_path / "data" / "cat" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     flags = (f"--data={folder}", "--vae=none", "--image_size=16", "--workers=0", "--batch_size=2")
-    begun = time.monotonic()
-    run = start(tmp_path / "out", *flags, "--sample_every=100", processes=2)
-    _, errors = run.communicate(timeout=100)
-    took = time.monotonic() - begun
-    assert run.returncode != 0 and took < 60
-    lines = [line for line in errors.splitlines() if "Error" in line or "maskalign.py:" in line]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, ROOT / "maskalign.py", *flags_of(tmp_path / "out"), *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode != 0
+    lines = [line for line in run.stderr.splitlines() if "Error" in line or "maskalign.py:" in line]
     assert "cat/3.png" in lines[0]
 
 
 def test_a_dead_data_worker_is_one_sentence_and_the_checkpoint_stays(tmp_path):
     folder = make_folder(tmp_path / "data", per_class=9)
     flags = (f"--data={folder}", "--vae=none", "--image_size=16", "--workers=1", "--batch_size=2")
-    run = start(tmp_path / "out", *flags, "--steps=100000", "--save_every=1")
+    (run,) = start(tmp_path / "out", *flags, "--steps=100000", "--save_every=1")
     worker = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, check=True)
     os.kill(int(worker.stdout.split()[-1]), signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
+    status, _, errors = run.end(timeout=60)
     said = [line for line in errors.splitlines() if line.startswith("maskalign.py: ")]
-    assert run.returncode == 1 and len(said) == 1, errors
+    assert status == 1 and len(said) == 1, errors
     assert "a data worker died" in said[0] and "fewer --workers" in said[0]
     assert checkpoint(tmp_path / "out")["step"] > 0
 
@@ -304,8 +295,9 @@ def test_settings_that_do_not_are_told_and_accepted(tmp_path, capsys):
     assert checkpoint(tmp_path)["step"] == 3
 
 
-def test_random_settings_give_a_config_or_one_sentence(capsys):
+def test_random_settings_give_a_config_or_one_sentence(capsys, monkeypatch):
     """Fuzz: flags of every type with values that may or may not make sense."""
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))  # slow: --help
     chance, outcomes = random.Random(0), {"valid": 0, "refused": 0}
     odd = [
         -1,
