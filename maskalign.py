@@ -81,6 +81,7 @@ DEMO = dict(  # what holds without --data: drawn shapes, and a run of minutes on
     workers=0,
     sample_every=1000,
     save_every=500,
+    preview_steps=25,
 )
 RULES = {  # what a number may be
     "above 0": lambda value: 0 < value < math.inf,
@@ -135,6 +136,7 @@ class Config:
     sample_every: int = setting(10_000, "steps between sample grids", free=True)
     save_every: int = setting(10_000, "steps between writings of latest.pt", free=True)
     milestone_every: int = setting(100_000, "steps between files step-N.pt, which stay", free=True)
+    preview_steps: int = setting(50, "ours: Euler steps of the sample grids", free=True)
     num_classes: int = setting(1000)  # no flag: the data and the teacher tell the next three
     z_dim: int = setting(768)
     class_names: tuple = setting(())
@@ -1055,7 +1057,8 @@ def preview(run: Run, sampler) -> None:
     on = dict(generator=generator, device=device)
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None
-    x = sampler(run.ema, noise, y, cls, cfg_scale=2.0)  # guided: ours, pictures to recognise
+    # Guided: ours, pictures to recognise.
+    x = sampler(run.ema, noise, y, cls, num_steps=config.preview_steps, cfg_scale=2.0)
     images = decode_latents(run.vae, x).cpu() / 255
     images = F.interpolate(images, scale_factor=max(1, 96 // config.image_size))  # big pixels
     path = Path(config.out, f"samples-{run.step:07d}.png")

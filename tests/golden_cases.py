@@ -7,7 +7,8 @@ import golden_formula as formula
 import pytest
 import torch
 
-from maskalign import SiT, from_official, sincos_pos_embed
+from maskalign import SiT, make_config, sincos_pos_embed
+from sample import from_official
 
 HERE = Path(__file__).parent
 GOLD = json.loads((HERE / "golden" / "public.json").read_text())
@@ -52,20 +53,20 @@ def inputs(case, dtype=torch.float64):
 def model(case, dtype=torch.float64):
     """Our SiT with the official weights of a case, loaded strictly."""
     c, state = case["config"], from_official(weights(case, dtype))
-    sit = SiT(
-        c["input_size"],
-        c["patch_size"],
-        c["in_channels"],
-        c["hidden_size"],
-        c["depth"],
-        c["num_heads"],
-        len(state["y_embedder.embedding_table.weight"]) - 1,
-        c["z_dims"][0],
-        c["projector_dim"],
+    config = make_config(
+        data="x",
+        method="reg" if "cls_norm.weight" in state else "repa",
+        image_size=8 * c["input_size"],
+        patch_size=c["patch_size"],
+        hidden_size=c["hidden_size"],
+        depth=c["depth"],
+        num_heads=c["num_heads"],
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        z_dim=c["z_dims"][0],
+        projector_dim=c["projector_dim"],
         align_depth=c["encoder_depth"],
-        class_token="cls_norm.weight" in state,
-        mixer_depth=0,
-    ).to(dtype)
+    )
+    sit = SiT(config).to(dtype)
     sit.load_state_dict(state)
     return sit.eval()
 

@@ -11,20 +11,19 @@ from maskalign import (
     SiT,
     BadInput,
     build_model,
-    from_official,
     make_config,
     patchify,
     sincos_pos_embed,
     unpatchify,
 )
+from sample import from_official
 
 
 def tiny(**changes):
     """A SiT small enough for any test; class token and two mixers unless changed."""
     options = dict(
-        input_size=8,
-        patch_size=2,
-        in_channels=4,
+        data="x",
+        image_size=64,
         hidden_size=32,
         depth=4,
         num_heads=4,
@@ -32,10 +31,8 @@ def tiny(**changes):
         z_dim=16,
         projector_dim=24,
         align_depth=2,
-        class_token=True,
-        mixer_depth=2,
     )
-    return SiT(**{**options, **changes})
+    return SiT(make_config(**{**options, **changes}))
 
 
 @ids("forward/re", without=["SiT-B"])
