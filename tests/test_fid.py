@@ -220,7 +220,7 @@ def test_certain_and_balanced_classes_score_their_number():
 def test_running_sums_give_mean_and_covariance_of_all_pieces():
     x = 5 + np.random.default_rng(0).normal(size=(100, 6))
     parts = [torch.zeros(7, 7, dtype=torch.float64) for _ in range(2)]  # of two processes
-    for part, piece in zip(parts * 2, np.split(x, [10, 37, 90])):
+    for part, piece in zip(parts * 2, np.split(x, [10, 37, 90]), strict=True):
         fid.add_moments(part, torch.from_numpy(piece))
     mu, sigma = fid.mean_and_covariance(parts[0] + parts[1])
     np.testing.assert_allclose(mu, x.mean(axis=0), rtol=1e-13)
@@ -252,7 +252,7 @@ def test_a_folder_takes_the_same_files_as_training_and_tells_the_others(tmp_path
     for name in ("samples.json", "sub.jpg/a.txt", "b.txt"):
         (tmp_path / name).write_text("{}")
     assert fid.open_images(str(tmp_path)).count == 4
-    assert "skipped what is no image by its name: 2 .txt, 1 .json\n" in capsys.readouterr().out
+    assert "skipped 3 files that are no images by their names\n" in capsys.readouterr().out
     assert fid.open_images(str(tmp_path), rank=1).count == 4 and not capsys.readouterr().out
 
 
@@ -494,11 +494,11 @@ def test_offline_without_weights_the_way_out_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["x.npz"], "ref is '': it must be given, unless --save_stats"),
-        (["x.npz", "--features=demo", "--weights=w"], "weights is 'w': it must be left out"),
-        (["x.npz", "--save_stats=y.pt"], "save_stats is 'y.pt': it must be a new file that ends"),
-        (["x.npz", "--save_stats=x.npz"], "save_stats is 'x.npz': it must be a new file"),
-        (["x.npz", "--ref=y.npz", "--json=x.json"], "json is 'x.json': it must be a new file"),
+        (["x.npz"], "--ref is missing: name one, or --save_stats"),
+        (["x.npz", "--features=demo", "--weights=w"], "weights is w: it must be left out"),
+        (["x.npz", "--save_stats=y.pt"], "save_stats is y.pt: it must be a new file that ends"),
+        (["x.npz", "--save_stats=x.npz"], "save_stats is x.npz: it must be a new file"),
+        (["x.npz", "--ref=y.npz", "--json=x.json"], "json is x.json: it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=no/x.json"], "json .* in a folder that exists"),
         (["x.npz", "--ref=y.npz", "--batch_size=0"], "batch_size is 0: it must be above 0"),
     ],

@@ -261,9 +261,10 @@ def frechet_cases(which):
     g = lambda name, *a, **k: gaussian(f"{s}/{name}", *a, **k)
     d, e = 12 + 5 * q, 64 + 16 * q
     one = (np.array([0.5]), np.array([[2.25]]), np.array([-1.0]), np.array([[0.25]]))
-    diag1, diag2 = (np.arange(1, d + 1) % 5).astype(np.float64) ** 2, (np.arange(d) % 4).astype(
-        np.float64
-    ) ** 2
+    diag1, diag2 = (
+        (np.arange(1, d + 1) % 5).astype(np.float64) ** 2,
+        (np.arange(d) % 4).astype(np.float64) ** 2,
+    )
     out = {
         "one_dim": one,  # 2.25 + (1.5-0.5)^2 = 3.25
         "diagonal_singular": (np.zeros(d), np.diag(diag1), np.full(d, 0.25), np.diag(diag2)),
