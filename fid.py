@@ -36,19 +36,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
-from maskalign import (
-    DEMO,
-    IMAGE_SUFFIXES,
-    BadInput,
-    Config,
-    ViTTeacher,
-    build_teacher,
-    demo_shapes,
-    make_config,
-    read_weights,
-    require,
-    setup_distributed,
-)
+import maskalign as ma
+from maskalign import BadInput
 
 WEIGHTS_URL = (  # the name ends as its sha256 begins
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -134,7 +123,7 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
     """The network ready for use, and the hash of its weights file: see find_inception.
     Raises BadInput: offline without a file, a damaged file, or one of something else."""
     path, net = find_inception(path), FIDInception()
-    state, digest = read_weights(str(path)), sha256([path])
+    state, digest = ma.read_weights(str(path)), sha256([path])
     # The published file is of a format without a checksum: only its name can tell.
     told = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if told and not digest.startswith(told[1]):
@@ -215,8 +204,7 @@ def squared_distances(u: Tensor, v: Tensor) -> Tensor:
 def squared_radii(x: Tensor, k: int) -> Tensor:
     """(n, D) -> (n,): from each point to its k-th nearest neighbour, 256 rows at a time."""
     # The nearest of all is the point itself: hence k + 1.
-    radii = [squared_distances(rows, x).kthvalue(k + 1).values for rows in x.split(256)]
-    return torch.cat(radii)
+    return torch.cat([squared_distances(r, x).kthvalue(k + 1).values for r in x.split(256)])
 
 
 def precision_recall(ref: Tensor, sample: Tensor, k: int = 3) -> tuple[float, float]:
@@ -239,8 +227,8 @@ def precision_recall(ref: Tensor, sample: Tensor, k: int = 3) -> tuple[float, fl
 
 
 # ---- 3. Images: an npz or a folder, read batch by batch ------------------------------------------
-# source: path of an npz, list of files, or tensor (count, H, W, 3); count is 0, and size no (H, W)
-# but None, for an npz that holds statistics alone.
+# source: path of an npz, list of files, or tensor (count, H, W, 3); size: (H, W), or None and count
+# 0 for an npz that holds statistics alone.
 Images = namedtuple("Images", "name source count size")
 
 
@@ -257,9 +245,9 @@ def open_images(path: str, rank: int = 0) -> Images:
 def open_folder(path: str, rank: int = 0) -> Images:
     """The Images of a folder, all of the first one's size. Raises BadInput."""
     found = [file for file in Path(path).rglob("*") if not file.is_dir()]
-    files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [file for file in found if file.suffix.lower() in ma.IMAGE_SUFFIXES]
     if not files:
-        raise BadInput(f"{path} holds no images: name a folder of {', '.join(IMAGE_SUFFIXES)}")
+        raise BadInput(f"{path} holds no images: name a folder of {', '.join(ma.IMAGE_SUFFIXES)}")
     if rank == 0 and len(found) > len(files):
         print(f"{path}: skipped {len(found) - len(files)} files that are no images by their names")
     numbers = re.compile(r"(\d+)")  # 9.png is before 10.png
@@ -355,12 +343,12 @@ def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.M
         resize = "TF1 bilinear to 299, float32"
     elif name == "dinov2":
         try:
-            net = ViTTeacher(Config.teacher, grid=16, weights=weights)
+            net = ma.ViTTeacher(ma.Config.teacher, grid=16, weights=weights)
         except BadInput as error:
             raise BadInput(str(error).replace("--teacher_weights", "--weights")) from error
         resize = f"bicubic to {net.size}, bfloat16 on GPU"
     else:
-        net = build_teacher(make_config(), demo_shapes(DEMO["image_size"]), "cpu", rank)
+        net = ma.build_teacher(ma.make_config(), ma.demo_shapes(ma.DEMO["image_size"]), "cpu", rank)
         resize = "none, bfloat16 on GPU"
     digest = digest or sha256(list(net.state_dict().values()))
     return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
@@ -462,10 +450,8 @@ def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
 # ---- 5. The command ------------------------------------------------------------------------------
 def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
-    as_typed = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=as_typed
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("samples", help="npz with arr_0, uint8 (N, H, W, 3), or folder of RGB images")
     add("--ref", default="", help="the same, or an npz of statistics [demo: its drawn shapes]")
@@ -489,15 +475,15 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     if not (args.ref or args.save_stats or args.features == "demo"):
         raise BadInput("--ref is missing: name one, or --save_stats to measure the samples alone")
     alone = not args.weights or args.features != "demo"
-    require(args, "weights", alone, "left out, as the demo trains its teacher itself")
+    ma.require(args, "weights", alone, "left out, as the demo trains its teacher itself")
     for name in ("save_stats", "json"):
         written = getattr(args, name)
         fits = written not in (args.samples, args.ref, str(path))
         fits = not written or fits and Path(written).parent.is_dir()
-        require(args, name, fits, "a new file in a folder that exists")
+        ma.require(args, name, fits, "a new file in a folder that exists")
     fits = not args.save_stats or args.save_stats.endswith(".npz")
-    require(args, "save_stats", fits, "a new file that ends with .npz")
-    require(args, "batch_size", args.batch_size > 0, "above 0")
+    ma.require(args, "save_stats", fits, "a new file that ends with .npz")
+    ma.require(args, "batch_size", args.batch_size > 0, "above 0")
     return args
 
 
@@ -505,29 +491,13 @@ def open_sets(args: argparse.Namespace, rank: int) -> list:
     """Images of the samples, then of the reference if there is one. Raises BadInput."""
     sets = [open_images(path, rank) for path in (args.samples, args.ref) if path]
     if args.features == "demo" and not args.ref:
-        shapes = demo_shapes(DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
+        shapes = ma.demo_shapes(ma.DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
         sets.append(Images("drawn shapes", shapes, len(shapes), tuple(shapes.shape[1:3])))
     samples, other = sets[0], sets[-1]
     if samples.size and other.size and samples.size != other.size:
         sizes = f"(height, width) {other.size}, {samples.name} of {samples.size}"
         raise BadInput(f"{other.name} has images of {sizes}: crop both to one size first")
     return sets
-
-
-def describe(reference: Images, stats: list, stored: bool, about: dict, settings) -> dict:
-    """The protocol of the numbers: all on which they depend."""
-    source = reference.source
-    return dict(
-        n=len(stats[0]["features"]),
-        reference=reference.name,
-        reference_sha256=sha256(source if isinstance(source, list) else [source]),
-        reference_images=len(stats[-1].get("features", [])),
-        statistics="stored" if stored else "of the images",
-        **about,
-        k=3,
-        split_size=5000,
-        sampler=settings,
-    )
 
 
 def warn(n: int, dim: int, about: dict) -> None:
@@ -542,9 +512,17 @@ def warn(n: int, dim: int, about: dict) -> None:
         print(f"warning: features of {network}: such numbers compare only with each other")
 
 
+def tell(numbers: dict, features: str) -> None:
+    """The five numbers, a line each."""
+    name = "FID" if features == "inception" else f"FD-{features}"
+    labels = dict(fid=name, sfid=f"s{name}", inception_score="Inception Score")
+    for key, value in numbers.items():
+        print(f"{labels.get(key, key):17}" + ("-" if value is None else f"{value:.4f}"))
+
+
 def run(args: argparse.Namespace) -> dict | None:
     """What the command line asks for; returns the numbers and their protocol (on rank 0)."""
-    rank, world_size, device = setup_distributed()
+    rank, world_size, device = ma.setup_distributed()
     torch.set_float32_matmul_precision("highest")  # true float32: no TF32
     torch.backends.cudnn.allow_tf32 = False
 
@@ -566,20 +544,29 @@ def run(args: argparse.Namespace) -> dict | None:
     if rank > 0:  # the rest takes one process, and a minute at most
         return None
 
-    protocol = describe(sets[-1], stats, "mu" in known[-1], about, args.settings)
+    n, dim = stats[0]["features"].shape
+    source = sets[-1].source
+    protocol = dict(
+        n=n,
+        reference=sets[-1].name,
+        reference_sha256=sha256(source if isinstance(source, list) else [source]),
+        reference_images=len(stats[-1].get("features", [])),
+        statistics="stored" if "mu" in known[-1] else "of the images",
+        **about,
+        k=3,
+        split_size=5000,
+        sampler=args.settings,
+    )
     print("protocol:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
-    warn(*stats[0]["features"].shape, about)
+    warn(n, dim, about)
     if args.save_stats:
         arrays = {key: x.cpu().numpy() for key, x in stats[-1].items()}
         np.savez(args.save_stats, protocol=json.dumps(protocol), **arrays)
     if len(stats) == 1:
         return None
     numbers = compare(*stats, net)
-    name = "FID" if args.features == "inception" else f"FD-{args.features}"
-    labels = dict(fid=name, sfid=f"s{name}", inception_score="Inception Score")
-    for key, value in numbers.items():
-        print(f"{labels.get(key, key):17}" + ("-" if value is None else f"{value:.4f}"))
-    result = dict(numbers, n=protocol["n"], protocol=protocol)
+    tell(numbers, args.features)
+    result = dict(numbers, n=n, protocol=protocol)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
     return result

@@ -53,9 +53,9 @@ def measured(folder, inception):
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """fid.py with features that cost nothing: the demo's teacher, hardly trained."""
-    make = fid.make_config
-    monkeypatch.setattr(fid, "make_config", lambda: make(teacher_steps=2))
-    monkeypatch.setattr(fid, "demo_shapes", lambda size: maskalign.demo_shapes(size, 512))
+    make, draw = maskalign.make_config, maskalign.demo_shapes
+    monkeypatch.setattr(maskalign, "make_config", lambda: make(teacher_steps=2))
+    monkeypatch.setattr(maskalign, "demo_shapes", lambda size, count=512: draw(size, count))
     monkeypatch.chdir(tmp_path)
     return lambda *argv: run(*argv, "--features=demo")
 
@@ -320,7 +320,7 @@ def test_dinov2_leaves_out_what_it_has_no_answer_to(quick, monkeypatch, tmp_path
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # in place of the large one
     torch.manual_seed(0)
     torch.save(timm.create_model(name, num_classes=0, img_size=256).state_dict(), "vit.pth")
-    monkeypatch.setattr(fid.Config, "teacher", name)
+    monkeypatch.setattr(maskalign.Config, "teacher", name)
     np.savez("a.npz", pictures(4))
     found = run("a.npz", "--ref=a.npz", "--features=dinov2", "--weights=vit.pth")
     assert found["fid"] == pytest.approx(0, abs=1e-6) and found["recall"] == 1
