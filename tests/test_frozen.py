@@ -206,11 +206,10 @@ def test_a_weights_file_cannot_run_code(zipped, tmp_path):
 
     state, path = {"weight": Attack()}, tmp_path / "attack.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        BadInput, match=r"cannot read .*Unsupported global: GLOBAL \S+open "
-    ) as error:
+    with pytest.raises(BadInput, match="cannot read .*/attack.pth") as error:
         read_weights(str(path))
-    assert "delete" not in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "can still be loaded" not in str(error.value), "torch's advice is no advice of ours"
     assert not (tmp_path / "ran").exists()
 
 
