@@ -9,7 +9,7 @@ bits (`python fid_formula.py` checks this against the sha256 values kept in fid.
     images(which, name)             uint8 [N,H,W,3] image set 'A'...'D'
     resize_cases(which)             single images for the 299x299 resize
     frechet_cases, pr_cases, is_cases(which)   inputs for the pure statistics
-    load(which)                     the golden numbers, which = 'public' (or another set in it)
+    load(which)                     the golden numbers, which = 'public' (or another set there)
 
 The numbers in fid.json (or the file named by $FID_GOLDEN) were computed with the original tools;
 its 'about' entry describes every field.  The definition of the public set is in this file; that of
@@ -127,7 +127,8 @@ def image(tag, height, width, style):
     """
     p = (hash_ints(tag, 48) + (1 << 23)).tolist()  # 48 numbers in [0, 2**24)
 
-    def r(i, n):  # integer in [0, n)
+    def r(i, n):
+        """An integer in [0, n)."""
         return (p[i] * n) >> 24
 
     def colour(i):
@@ -264,8 +265,8 @@ def frechet_cases(which):
     """{case: (mu1, sigma1, mu2, sigma2)}"""
     s, q = f"frechet/{which}", definition(which)["variant"]
 
-    def g(name, *a, **k):
-        return gaussian(f"{s}/{name}", *a, **k)
+    def g(name, *args, **options):
+        return gaussian(f"{s}/{name}", *args, **options)
 
     d, e = 12 + 5 * q, 64 + 16 * q
     one = (np.array([0.5]), np.array([[2.25]]), np.array([-1.0]), np.array([[0.25]]))
@@ -292,11 +293,11 @@ def frechet_cases(which):
 def pr_cases(which):
     """{case: (reference features, sample features)}"""
     s = f"pr/{which}"
-
-    def c(name, *a, **k):
-        return cloud(f"{s}/{name}", *a, **k)
-
     q = definition(which)["variant"]
+
+    def c(name, *args, **options):
+        return cloud(f"{s}/{name}", *args, **options)
+
     return {
         "plane": (
             c("p1", "uniform", 300 + 50 * q, 2),
