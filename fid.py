@@ -21,7 +21,6 @@ import re
 import sys
 import urllib.request
 import zipfile
-import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +36,7 @@ from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
 import maskalign as ma
-from maskalign import BadInput
+from maskalign import BadInput, explained
 
 WEIGHTS_URL = (  # the name ends as its sha256 begins
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -110,12 +109,10 @@ def find_inception(path: str = "") -> Path:
     cached = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2])
     if path or cached.exists():
         return Path(path or cached)
-    try:
+    advice = "run once with internet, or fetch it elsewhere and pass --weights FILE"
+    with explained(f"cannot download {WEIGHTS_URL}: {advice}"):
         urllib.request.urlopen(WEIGHTS_URL, timeout=10).close()  # offline: known quickly
         torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
-    except Exception as error:
-        advice = "run once with internet, or fetch it elsewhere and pass --weights FILE"
-        raise BadInput(f"cannot download {WEIGHTS_URL} ({error}): {advice}") from error
     return cached
 
 
@@ -129,14 +126,10 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
     if told and not digest.startswith(told[1]):
         advice = f"its sha256 begins with {digest[:8]}, fetch it anew from {WEIGHTS_URL}"
         raise BadInput(f"{path} is damaged, or not what its name says: {advice}")
-    try:
+    with explained(f"{path} holds no FID Inception: pass {WEIGHTS_URL.rpartition('/')[2]}"):
         # A file may leave out the counts of batches, which nothing reads.
         unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
         net.load_state_dict({**unread, **state})
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()[:120]
-        published = WEIGHTS_URL.rpartition("/")[2]
-        raise BadInput(f"{path} holds no FID Inception ({reason}): pass {published}") from error
 
     # Batch norm folded into the convolution, channels last: both make it twice as fast on CPU.
     for layer in net.eval().requires_grad_(False).modules():
@@ -260,26 +253,23 @@ def open_folder(path: str, rank: int = 0) -> Images:
 
 def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np.ndarray | None:
     """An image file -> uint8 (H, W, 3), or only its check. Raises BadInput, naming the file."""
-    try:
-        with Image.open(file) as image:
-            if image.mode != "RGB" or size not in (None, (image.height, image.width)):
-                found = f"{image.mode}, {image.width} x {image.height} pixels"
-                rule = f"RGB of {size[1]} x {size[0]} pixels, as the first" if size else "RGB"
-                raise BadInput(f"{file} is {found}: it must be {rule}; convert, crop or remove it")
-            return np.array(image) if decode else None
-    except OSError as error:
-        raise BadInput(f"{file} is no readable image: mend or remove it") from error
+    with explained(f"{file} is no readable image: mend or remove it"), Image.open(file) as image:
+        mode, found = image.mode, (image.height, image.width)
+        pixels = np.array(image) if decode else None
+    if mode != "RGB" or size not in (None, found):
+        rule = f"RGB of {size[1]} x {size[0]} pixels, as the first" if size else "RGB"
+        found = f"{mode}, {found[1]} x {found[0]} pixels"
+        raise BadInput(f"{file} is {found}: it must be {rule}; convert, crop or remove it")
+    return pixels
 
 
 def open_npz(path: str) -> Images:
     """The Images of an npz, or what has count 0 where it holds none. Raises BadInput."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if "arr_0.npy" not in archive.namelist():
-                return Images(path, path, 0, None)
-            _, shape, fortran_order, dtype = open_array(archive)
-    except Exception as error:
-        raise BadInput(f"{path} is neither a folder nor a readable npz ({error})") from error
+    sentence = f"{path} is neither a folder nor a readable npz"
+    with explained(sentence), zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            return Images(path, path, 0, None)
+        _, shape, fortran_order, dtype = open_array(archive)
     if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
         rule = "RGB images from 0 to 255, uint8 (N, H, W, 3) in C order"
         raise BadInput(f"{path} holds arr_0 of {dtype} {shape}: it must be {rule}")
@@ -313,16 +303,14 @@ def read_batches(images: Images, first: int, last: int, batch_size: int):
 def read_npz(images: Images, first: int, ranges: list):
     """As read_batches, from an npz that must not enter memory as a whole. Raises BadInput."""
     image_bytes = 3 * math.prod(images.size)
-    with zipfile.ZipFile(images.source) as archive:
+    sentence = f"{images.name} is damaged: write it anew"
+    with explained(sentence), zipfile.ZipFile(images.source) as archive:
         stream, *_ = open_array(archive)
-        try:
-            stream.seek(first * image_bytes, os.SEEK_CUR)
-            for start, end in ranges:
-                pixels = bytearray(stream.read((end - start) * image_bytes))
-                batch = torch.frombuffer(pixels, dtype=torch.uint8)
-                yield batch.view(end - start, *images.size, 3)
-        except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadInput(f"{images.name} is damaged ({error}): write it anew") from error
+        stream.seek(first * image_bytes, os.SEEK_CUR)
+        for start, end in ranges:
+            pixels = bytearray(stream.read((end - start) * image_bytes))
+            batch = torch.frombuffer(pixels, dtype=torch.uint8)
+            yield batch.view(end - start, *images.size, 3)
 
 
 def sha256(parts: list) -> str:
@@ -398,8 +386,7 @@ def measure(
     finite = features.isfinite().all(dim=1)
     if not finite.all():
         which = f"image {finite.int().argmin()} of {images.name}"
-        advice = "the weights are damaged, pass others with --weights FILE"
-        raise BadInput(f"{which} has features that are not finite: {advice}")
+        raise BadInput(f"{which} has features that are not finite: pass other --weights FILE")
     moments = [x for total in sums for x in mean_and_covariance(total)]
     return dict(zip(STATISTICS, moments, strict=False), features=features)
 
@@ -410,13 +397,10 @@ def stored_statistics(images: Images, about: dict) -> dict:
     path = images.name
     if not path.endswith(".npz"):
         return {}
-    try:
-        with np.load(path) as file:  # refuses to unpickle
-            made = json.loads(str(file["protocol"])) if "protocol" in file else {}
-            keys = [key for key in (*STATISTICS, "features") if key in file]
-            known = {key: torch.from_numpy(file[key]) for key in keys}
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{path} holds no arrays of numbers: {error}") from error
+    with explained(f"{path} holds no arrays of numbers"), np.load(path) as file:  # never unpickles
+        made = json.loads(str(file["protocol"])) if "protocol" in file else {}
+        keys = [key for key in (*STATISTICS, "features") if key in file]
+        known = {key: torch.from_numpy(file[key]) for key in keys}
     if not images.count and "mu" not in known:
         raise BadInput(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
     made = made or {**about, "features": "inception"}  # ADM's files do not tell of what they are
@@ -467,10 +451,8 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     # sample.py leaves its settings beside its npz or PNG files.
     path = Path(args.samples)
     path = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
-    try:
+    with explained(f"{path} beside the samples is no JSON: remove it"):
         args.settings = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise BadInput(f"{path} beside the samples is no JSON: remove it") from error
 
     if not (args.ref or args.save_stats or args.features == "demo"):
         raise BadInput("--ref is missing: name one, or --save_stats to measure the samples alone")

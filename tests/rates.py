@@ -126,7 +126,7 @@ def make_teacher(config: ma.Config, device):
     shapes = ma.demo_shapes(config.image_size, 64)
     if config.teacher_weights:
         return ma.build_teacher(asks, shapes, device)
-    with mock.patch.object(ma, "load_vit"):
+    with mock.patch.object(ma.ViTTeacher, "load"):
         return ma.build_teacher(asks, shapes, device)
 
 

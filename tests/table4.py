@@ -21,12 +21,14 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":  # quiet; it must be said before torch is loaded
     os.environ |= dict(KINETO_LOG_LEVEL="9", TORCH_CPP_LOG_LEVEL="ERROR")
+import numpy as np
 import rates
 import torch
 from torch._dynamo.utils import counters
@@ -74,15 +76,18 @@ def make_run(config: ma.Config, device, teacher) -> ma.Run:
     )
 
 
-def make_batch(config: ma.Config, device) -> list:
-    """What a loader gives, of random images; where there is a VAE their latents are known."""
+def make_batch(config: ma.Config, device, folder: str = "") -> list:
+    """What a loader gives, of random images; where there is a VAE, latents of them are in files."""
     n = config.batch_size
     images = torch.randint(256, (n, 3, config.image_size, config.image_size), dtype=torch.uint8)
     batch = [images, torch.randint(config.num_classes, (n,))]
+    batch = [part.pin_memory() if device.type == "cuda" else part for part in batch]
     if config.vae != "none":
         channels, *side = config.latent_shape
-        batch += [torch.arange(n), torch.rand(n, 2 * channels, *side).half() + 1]
-    return [part.pin_memory() if device.type == "cuda" else part for part in batch]
+        batch.append([os.path.join(folder, f"{i}.npy") for i in range(n)])
+        for file in batch[-1]:
+            np.save(file, np.random.rand(2 * channels, *side).astype(np.float16))
+    return batch
 
 
 def timed_step(run: ma.Run, batch: list) -> list:
@@ -120,12 +125,12 @@ def held_bytes(run: ma.Run) -> int:
     return held
 
 
-def measure(configs: list, device, teacher, steps: int, rate: float) -> list:
+def measure(configs: list, device, teacher, steps: int, rate: float, folder: str) -> list:
     """A dict for each config: one row of the table; of_reg and ratio compare FLOPs and time with
     REG's row (or the first). On GPU one network at a time."""
     rows = []
     for group in [configs] if device.type == "cpu" else [[config] for config in configs]:
-        pairs = [(make_run(c, device, teacher), make_batch(c, device)) for c in group]
+        pairs = [(make_run(c, device, teacher), make_batch(c, device, folder)) for c in group]
         steppers = [functools.partial(timed_step, *pair) for pair in pairs]
         notes = [
             rates.inspect_step(step, held_bytes(run), device)
@@ -222,11 +227,13 @@ def main() -> None:
     elif args.data:  # 256 / 0.317 s: what the paper's MaskAlign run eats on its 8 GPUs
         tables["data"] = [rates.loader_rates(configs[0], device, needed=256 / 0.317)]
     else:
-        tables["random teacher tokens"] = measure(configs, device, None, args.steps, rate)
+        teachers = {"random teacher tokens": None}
         if args.teacher:
             name = f"teacher with {args.teacher_weights or 'random weights: as fast'}"
-            teacher = rates.make_teacher(configs[0], device)
-            tables[name] = measure(configs, device, teacher, args.steps, rate)
+            teachers[name] = rates.make_teacher(configs[0], device)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, teacher in teachers.items():
+                tables[name] = measure(configs, device, teacher, args.steps, rate, folder)
     for name, rows in tables.items():
         print(f"\n{name}\n{rates.table(rows)}")
     if args.json:

@@ -390,7 +390,7 @@ def test_objects_are_refused_and_never_unpickled(quick):
     with pytest.raises(BadInput, match=r"x.npz holds arr_0 of object \(4,\)"):
         quick("x.npz")
     np.savez("x.npz", pictures(), mu=np.array([Trap()], dtype=object))
-    with pytest.raises(BadInput, match="x.npz holds no arrays of numbers: Object arrays cannot"):
+    with pytest.raises(BadInput, match="x.npz holds no arrays of numbers .*Object arrays cannot"):
         quick("x.npz")
     assert not Path("unpickled").exists()
 
@@ -411,7 +411,7 @@ def test_files_that_are_no_images_or_damaged_are_named(quick):
         ("set.npz", "set.json beside the samples is no JSON: remove it"),
         ("missing.npz", "missing.npz is neither a folder nor a readable npz .*No such file"),
         ("other.npz", r"other.npz holds neither images \(arr_0\) nor statistics"),
-        ("short.npz", "short.npz is damaged .*: write it anew"),
+        ("short.npz", "short.npz is damaged: write it anew"),
     ):
         with pytest.raises(BadInput, match=message):
             quick(name)
@@ -474,7 +474,7 @@ def test_a_wrong_weights_file_is_refused(folder, tmp_path):
     }
     for name, content in wrong.items():
         torch.save(content, tmp_path / name)
-        with pytest.raises(BadInput, match=f"{name} holds no FID Inception .*: pass pt_incep") as e:
+        with pytest.raises(BadInput, match=f"{name} holds no FID Inception: pass pt_incep") as e:
             fid.load_inception(str(tmp_path / name))
         assert "\n" not in str(e.value)
     with pytest.raises(BadInput, match="cannot read .*missing"):
@@ -488,7 +488,7 @@ def test_offline_without_weights_the_way_out_is_named(tmp_path, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(fid.urllib.request, "urlopen", offline)
-    with pytest.raises(BadInput, match="cannot download https.*6726825d.pth .*--weights FILE"):
+    with pytest.raises(BadInput, match="cannot download https.*6726825d.pth: .*--weights FILE"):
         fid.load_inception()
 
 
