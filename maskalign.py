@@ -1018,6 +1018,8 @@ def train(
             save(run)
         if run.rank == 0 and (last or run.step % config.sample_every == 0):
             preview(run, sampler)
+        if stopped and run.rank == 0:
+            tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
         if stopped:
             break
 
