@@ -11,12 +11,10 @@ Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One trainin
   torchrun --nproc_per_node=1 maskalign.py                    a demo: no GPU, no data, no download
   python maskalign.py --data DIR --size SiT-B/2               one GPU, images as DIR/class/*.jpg
   torchrun --nproc_per_node=8 maskalign.py --data IMAGENET    the paper's run
-
-Sections: 1 settings, 2 building blocks, 3 the method, 4 the objective, 5 a sampler, 6 frozen
-networks, 7 data, 8 the loop. sample.py draws, fid.py scores, tests/forks/ shows how to fork.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -43,12 +41,23 @@ from PIL import Image
 from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
 
 class BadInput(ValueError):
     """What the user can mend; the message is one sentence: the thing, its value, the way out."""
+
+
+@contextlib.contextmanager
+def explained(sentence: str):
+    """Any error inside becomes BadInput: the sentence, and in brackets what went wrong."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
 
 
 # ---- 1. Settings: tables whose rows override one dataclass (Tab. 7) ------------------------------
@@ -79,9 +88,7 @@ DEMO = dict(  # what holds without --data: drawn shapes, and a run of minutes on
     lr=3e-3,
     ema_decay=0.99,
     workers=0,
-    sample_every=1000,
     save_every=500,
-    preview_steps=25,
 )
 RULES = {  # what a number may be
     "above 0": lambda value: 0 < value < math.inf,
@@ -136,8 +143,8 @@ class Config:
     sample_every: int = setting(10_000, "steps between sample grids", free=True)
     save_every: int = setting(10_000, "steps between writings of latest.pt", free=True)
     milestone_every: int = setting(100_000, "steps between files step-N.pt, which stay", free=True)
-    preview_steps: int = setting(50, "ours: Euler steps of the sample grids", free=True)
-    num_classes: int = setting(1000)  # no flag: the data and the teacher tell the next three
+    preview_steps: int = setting(25, "ours: Euler steps of the sample grids", free=True)
+    num_classes: int = setting(1000)  # no flag: the data and the teacher tell the last three
     z_dim: int = setting(768)
     class_names: tuple = setting(())
     sizes = SIZES  # no field: a fork may bring rows of its own
@@ -145,9 +152,8 @@ class Config:
     @property
     def latent_shape(self) -> tuple:
         """(C, H, W) of what is noised and denoised: the pixels, or latents 8 times smaller."""
-        if self.vae == "none":
-            return 3, self.image_size, self.image_size
-        return 4, self.image_size // 8, self.image_size // 8
+        channels, shrink = (3, 1) if self.vae == "none" else (4, 8)
+        return channels, self.image_size // shrink, self.image_size // shrink
 
 
 def require(config: Config, name: str, fits: bool, rule: str) -> None:
@@ -158,8 +164,7 @@ def require(config: Config, name: str, fits: bool, rule: str) -> None:
 
 def make_config(kind: type = Config, /, **typed) -> Config:
     """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput.
-
-    kind: Config, or a fork's subclass of it, whose own method is its defaults."""
+    kind: Config, or a fork's subclass of it, whose defaults are its method."""
     merged = {field.name: field.default for field in dataclasses.fields(kind)}
     merged |= ({} if typed.get("data") else DEMO) | typed
     for name, table in (("size", kind.sizes), ("method", METHODS | {kind.method: {}})):
@@ -167,7 +172,6 @@ def make_config(kind: type = Config, /, **typed) -> Config:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
         merged |= table[merged[name]]
     c = kind(**(merged | typed))
-
     for field in dataclasses.fields(c):
         value, rule = getattr(c, field.name), field.metadata["rule"]
         if type(value) in (int, float):
@@ -178,26 +182,21 @@ def make_config(kind: type = Config, /, **typed) -> Config:
     require(c, "align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}")
     require(c, "hidden_size", c.hidden_size % 4 == 0, "a multiple of 4")
     require(c, "num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}")
-
     out = c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2")
     return dataclasses.replace(c, out=out, cache=c.cache or f"{c.data.rstrip('/')}-latents")
 
 
 def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc__) -> Config:
     """Config from the command line: a flag for each field that has a note, which is its help."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--FLAG VALUE ...]",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
     for field in dataclasses.fields(kind):
-        note = f"{field.metadata['note']} [{field.default}]".replace("%", "%%")
-        how = dict(type=field.type)
+        shown = f"{field.metadata['note']} [{field.default}]".replace("%", "%%")
+        how = dict(default=argparse.SUPPRESS, help=shown, type=field.type)
         if field.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
+            how |= dict(action=argparse.BooleanOptionalAction)
         if field.metadata["note"]:
-            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=note, **how)
+            parser.add_argument(f"--{field.name}", **how)
     return make_config(kind, **vars(parser.parse_args(argv)))
 
 
@@ -228,23 +227,20 @@ def seeded(device, *key) -> torch.Generator:
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
-    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines of t, then a small MLP.
-
-    The frequencies were made for t up to 1000. In [0, 1] the sines are nearly t itself, at 128
-    scales, and the fastest cosines bend a little: enough for the MLP to read t off them."""
+    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines of t, then a small MLP. Made for t
+    up to 1000; in [0, 1] the sines are nearly t itself at 128 scales, the fastest cosines bend a
+    little: enough for the MLP to read t off them."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        layers = nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, t: Tensor) -> Tensor:
         i = torch.arange(128, device=t.device)
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * i / 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        # In bfloat16 near times would look the same.
-        with torch.autocast(t.device.type, enabled=False):
+        with torch.autocast(t.device.type, enabled=False):  # in bf16 near times look the same
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
@@ -264,9 +260,8 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class Block(nn.Module):
     """SiT block: h (N, K, D) -> same; the condition c (N, 1, D) sets shifts, scales and gates.
-
-    adaLN-Zero: the layer that makes them starts at zero. So at first every gate is shut, every
-    block is the identity, and training opens the gates as it finds use for a block."""
+    adaLN-Zero: the layer that makes them starts at zero. So at first every gate is shut and every
+    block is the identity; training opens the gates as it finds use for a block."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -290,8 +285,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, h: Tensor, c: Tensor) -> tuple:
-        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
-        h = modulate(h, shift, scale)
+        h = modulate(h, *self.adaLN_modulation(c).chunk(2, -1))
         if self.cls_head is None:
             return self.linear(h), None
         return self.linear(h[:, 1:]), self.cls_head(h[:, 0])
@@ -313,14 +307,12 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
-def sample_token_subset(
-    n: int, num_tokens: int, mask_ratio: float, generator: torch.Generator | None = None
-) -> Tensor:
+def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=None) -> Tensor:
     """Draws S: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
     anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
-    device = generator.device if generator else None
-    scores = torch.rand(n, num_tokens, generator=generator, device=device)
+    where = dict(generator=generator, device=generator and generator.device)
+    scores = torch.rand(n, num_tokens, **where)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
 
 
@@ -348,7 +340,6 @@ class SiT(nn.Module):
         self.patch_size, self.num_classes = config.patch_size, config.num_classes
         self.class_token = config.class_token
         self.align_depth = config.align_depth if config.align_coeff > 0 else 0  # 0: none
-
         self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
         # The last row is the null class, "no label": learned from dropped labels, it lets one
@@ -364,10 +355,9 @@ class SiT(nn.Module):
 
         # NOTE(paper): the inside of the mixing layers is not given. Two plain SiT blocks are the
         # simplest reading conditioned on (t, y): +21.3M for B (paper 22M), +47.8M for XL (55M).
-        heads = config.num_heads
+        heads, hidden = config.num_heads, config.projector_dim
         self.mixer = nn.ModuleList(Block(width, heads) for _ in range(config.mixer_depth))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(config.depth))
-        hidden = config.projector_dim
         first = [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
         projector = nn.Sequential(*first, nn.Linear(hidden, config.z_dim))  # REPA's h_phi
         self.projectors = nn.ModuleList([projector] if self.align_depth else [])
@@ -381,9 +371,8 @@ class SiT(nn.Module):
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed  # before the mask: so a kept token knows its place
-
-        # The mixer comes before the mask: here a token that will be dropped still tells the others
-        # what it sees. Without it the kept ones would have to align around holes (Tab. 3).
+        # The mixer, too, comes before the mask: here a token that will be dropped still tells the
+        # others what it sees. Without it the kept ones would have to align around holes (Tab. 3).
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -463,7 +452,6 @@ def training_losses(
     model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None
 ) -> dict:
     """The objective on a batch: {"loss", "denoise", "cls", "align"}, scalars; 0: not of the method.
-
     x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, z_dim) teacher tokens, class token first
     (None for `sit`); the random draws are those of draw_step; model is called as SiT.forward."""
     x_t, cls_t = add_noise(x, noise, t), None
@@ -480,10 +468,10 @@ def training_losses(
     cls_loss = align = torch.zeros_like(denoise)
     if config.class_token:  # Eq. 10, second term
         cls_loss = (at_least_float32(v_cls) - (cls_noise - cls)).square().mean()
-    if z_pred is not None:
+    if z_pred is not None:  # Eq. 11
         z = z if config.class_token else z[:, 1:]
         z = at_least_float32(gather_tokens(z, ids_keep, config.class_token))
-        align = -F.cosine_similarity(at_least_float32(z_pred), z, dim=-1).mean()  # Eq. 11
+        align = -F.cosine_similarity(at_least_float32(z_pred), z, dim=-1).mean()
 
     loss = denoise + config.cls_coeff * cls_loss + config.align_coeff * align
     return dict(loss=loss, denoise=denoise, cls=cls_loss, align=align)
@@ -501,12 +489,9 @@ def velocities(model: nn.Module, state: list, t: float, y: Tensor, dtype: torch.
 @torch.no_grad()
 def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 1.0) -> Tensor:
     """Follows dx/dt = v, with all tokens, from standard normal x (N, C, H, W) and cls (N, z_dim) or
-    None at t = 1 to latents like x at t = 0, of labels y (N,).
-
-    cfg_scale w > 1 is classifier-free guidance: v = v_null + w (v_label - v_null) goes further in
-    the direction in which the label differs from the null class."""
-    # In float32 the sum of many small steps would lose digits.
-    state = [part.double() for part in (x, cls) if part is not None]
+    None at t = 1 to latents like x at t = 0, of labels y (N,). cfg_scale w > 1 is classifier-free
+    guidance: v = v_null + w (v_label - v_null) goes further in the direction of the label."""
+    state = [part.double() for part in (x, cls) if part is not None]  # float32 sums lose digits
     null = torch.full_like(y, model.num_classes)
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:], strict=False):
@@ -522,22 +507,19 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
     Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    try:
+    name = path or f"{filename} of {repo}"
+    advice = f": run once with internet, or pass {flag} FILE" if flag else ""
+    with explained(f"cannot read {name}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         if not path:  # ask once ourselves: offline, the hub's own client tries again for 45 s
             urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
             path = huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        # torch does not compare a zip's checksums; files of before torch 1.6 are no zips.
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        zipped = zipfile.is_zipfile(path)  # before torch 1.6 files were none, and cannot be mapped
+        if zipped and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
             raise ValueError("a part of it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        advice = f"run once with internet, or pass {flag} FILE" if flag else "is it another file?"
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
-        name = path or f"{filename} of {repo}"
-        raise BadInput(f"cannot read {name} ({reason}): {advice}") from error
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 class ViTTeacher(nn.Module):
@@ -546,24 +528,33 @@ class ViTTeacher(nn.Module):
 
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
-        tiny = (
-            dict(patch_size=4, embed_dim=64, depth=2, num_heads=4) if name == "classifier" else {}
-        )
-        arch = "vit_tiny_patch16_224" if tiny else name
-        try:
-            self.size = grid * (4 if tiny else int(re.search(r"vit_.*patch(\d+)", arch)[1]))
-            self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **tiny)
-            fits = self.vit.cls_token is not None and not isinstance(self.vit.norm, nn.Identity)
-        except Exception:
-            fits = False
-        if not fits:
-            known = f"{Config.teacher}, or classifier"
-            raise BadInput(f"teacher {name!r} is no ViT of timm with a class token: try {known}")
-        if not tiny:
-            load_vit(self.vit, weights)
+        tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
+        arch, how = ("vit_tiny_patch16_224", tiny) if name == "classifier" else (name, {})
+        known = f"{Config.teacher}, or classifier"
+        with explained(f"teacher {name!r} is no ViT of timm with a class token: try {known}"):
+            patch = how.get("patch_size") or int(re.search(r"vit_.*patch(\d+)", arch)[1])
+            self.size = grid * patch
+            self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **how)
+            if self.vit.cls_token is None or isinstance(self.vit.norm, nn.Identity):
+                raise ValueError("no class token, or no last norm")
+        if name != "classifier":
+            self.load(weights)
         self.dim, source = self.vit.num_features, self.vit.pretrained_cfg
         constants = torch.tensor([source["mean"], source["std"]], dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
+
+    def load(self, weights: str) -> None:
+        """Reads timm's names or the authors'; every tensor of ours must be in the file, and every
+        block of the file be ours. Its heads and mask token are left out."""
+        repo, vit = self.vit.pretrained_cfg["hf_hub_id"], self.vit
+        state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
+        with explained(f"{weights or repo} holds weights of another model"):
+            # timm resamples positions (bicubic, antialias) to our grid.
+            convert = sys.modules[type(vit).__module__].checkpoint_filter_fn
+            missing, unused = vit.load_state_dict(convert(state, vit), strict=False)
+            odd = missing + [key for key in unused if key.startswith("blocks.")]
+            if odd:
+                raise ValueError(f"{odd[0]} is only in one of them")
 
     def forward(self, images: Tensor) -> Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
@@ -574,22 +565,6 @@ class ViTTeacher(nn.Module):
             tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens :]  # skips registers, if it has some
         return at_least_float32(torch.cat([tokens[:, :1], patches], dim=1))
-
-
-def load_vit(vit: nn.Module, weights: str) -> None:
-    """Loads a timm ViT from timm's names or its authors'. Raises BadInput where a tensor of it is
-    not in the file, or the file has more blocks; the file's heads and mask token are left out."""
-    repo = vit.pretrained_cfg["hf_hub_id"]
-    state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
-    try:  # timm renames Meta's keys, resamples positions (bicubic, antialias) to our grid
-        convert = sys.modules[type(vit).__module__].checkpoint_filter_fn
-        missing, unused = vit.load_state_dict(convert(state, vit), strict=False)
-        odd = missing + [key for key in unused if key.startswith("blocks.")]
-        if odd:
-            raise ValueError(f"{odd[0]} is only in one of them")
-    except Exception as error:
-        reason = str(error).rpartition("\n")[2].strip()[:120]
-        raise BadInput(f"{weights or repo} holds weights of another model ({reason})") from error
 
 
 def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> ViTTeacher | None:
@@ -621,44 +596,31 @@ class AutoencoderKL:
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         # Files of before 2023 name the four layers of the attention otherwise.
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        try:
-            self.tensors = {
-                ".".join(new.get(part, part) for part in name.split(".")): value
-                for name, value in state_dict.items()
-            }
-            # One small image finds out whether a tensor is missing or does not fit.
+        names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
+        self.tensors = dict(zip(names, state_dict.values(), strict=True))
+        with explained(f"{path} holds no SD-VAE"):  # one small image finds out
             blank = self.tensors["quant_conv.weight"].new_zeros(1, 3, 16, 16)
             self.decode(self.encode(blank)[0])
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise BadInput(f"{path} holds no SD-VAE: {reason}") from error
 
-    def to(self, *device_or_dtype) -> "AutoencoderKL":
-        self.tensors = {name: value.to(*device_or_dtype) for name, value in self.tensors.items()}
-        return self
-
-    def weights(self, name: str) -> tuple:
+    def layer(self, name: str) -> tuple:
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
     def norm(self, name: str, h: Tensor) -> Tensor:
-        return F.group_norm(h, 32, *self.weights(name), eps=1e-6)
+        return F.group_norm(h, 32, *self.layer(name), eps=1e-6)
 
     def conv(self, name: str, h: Tensor) -> Tensor:
-        return F.conv2d(h, *self.weights(name), padding="same")
+        return F.conv2d(h, *self.layer(name), padding="same")
 
     def resnet(self, name: str, x: Tensor) -> Tensor:
         h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)))
         h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)))
-        if h.shape != x.shape:
-            x = self.conv(f"{name}.conv_shortcut", x)
-        return x + h
+        return h + (x if h.shape == x.shape else self.conv(f"{name}.conv_shortcut", x))
 
     def middle(self, name: str, x: Tensor) -> Tensor:
-        x = self.resnet(f"{name}.resnets.0", x)
-        attn = f"{name}.attentions.0"
+        x, attn = self.resnet(f"{name}.resnets.0", x), f"{name}.attentions.0"
         h = self.norm(f"{attn}.group_norm", x).flatten(2).mT  # (N, HW, C)
-        q, k, v = (F.linear(h, *self.weights(f"{attn}.to_{letter}")) for letter in "qkv")
-        h = F.linear(F.scaled_dot_product_attention(q, k, v), *self.weights(f"{attn}.to_out.0"))
+        q, k, v = (F.linear(h, *self.layer(f"{attn}.to_{letter}")) for letter in "qkv")
+        h = F.linear(F.scaled_dot_product_attention(q, k, v), *self.layer(f"{attn}.to_out.0"))
         return self.resnet(f"{name}.resnets.1", x + h.mT.reshape(x.shape))
 
     def encode(self, images: Tensor) -> tuple:
@@ -667,12 +629,11 @@ class AutoencoderKL:
         for i in range(4):
             for j in range(2):
                 h = self.resnet(f"encoder.down_blocks.{i}.resnets.{j}", h)
-            if i < 3:  # halves; the padding is at the right and at the bottom alone
-                down = self.weights(f"encoder.down_blocks.{i}.downsamplers.0.conv")
+            if i < 3:  # halves; padded at the right and at the bottom alone
+                down = self.layer(f"encoder.down_blocks.{i}.downsamplers.0.conv")
                 h = F.conv2d(F.pad(h, (0, 1, 0, 1)), *down, stride=2)
         h = F.silu(self.norm("encoder.conv_norm_out", self.middle("encoder.mid_block", h)))
-        h = self.conv("quant_conv", self.conv("encoder.conv_out", h))
-        mean, logvar = h.chunk(2, dim=1)
+        mean, logvar = self.conv("quant_conv", self.conv("encoder.conv_out", h)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -692,9 +653,10 @@ def build_vae(config: Config, device) -> AutoencoderKL | None:
     """The SD-VAE of a run, in float32; None in pixel space."""
     if config.vae == "none":
         return None
-    file = "diffusion_pytorch_model.safetensors"
-    state = read_weights(config.vae_weights, config.vae, file, "--vae_weights")
-    return AutoencoderKL(state, config.vae_weights or config.vae).to(device, torch.float32)
+    path, file = config.vae_weights, "diffusion_pytorch_model.safetensors"
+    vae = AutoencoderKL(read_weights(path, config.vae, file, "--vae_weights"), path or config.vae)
+    vae.tensors = {name: value.float().to(device) for name, value in vae.tensors.items()}
+    return vae
 
 
 SD_SCALE, PIXEL_SCALE = 0.18215, 2.0  # to variance about 1: SD-VAE's own; ours for [-1, 1]
@@ -710,11 +672,10 @@ def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
 
 def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
-    x = x.float()
     if vae is None:
-        images = x / PIXEL_SCALE
+        images = x.float() / PIXEL_SCALE
     else:
-        images = torch.cat([vae.decode(some / SD_SCALE) for some in x.split(32)])
+        images = torch.cat([vae.decode(some / SD_SCALE) for some in x.float().split(32)])
     return (255 * (images + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 
@@ -735,8 +696,6 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     """(image uint8 (3, size, size), label) of class i % 8, looks decided by i alone; drawn once."""
     u = torch.rand(count, 13, 1, 1, generator=seeded("cpu", "shapes")).unbind(1)
     line, labels = torch.arange(size) + 0.5, torch.arange(count) % len(SHAPES)
-
-    # Place, radius and tilt: the pixels' coordinates as the shape sees them.
     radius, tilt = size * (0.32 + 0.08 * u[0]), 0.2 * (u[1] - 0.5)
     x = (line - size * (0.45 + 0.1 * u[2])) / radius  # (count, 1, size)
     y = (line[:, None] - size * (0.45 + 0.1 * u[3])) / radius  # (count, size, 1)
@@ -744,7 +703,7 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     distance = torch.stack([shape(x, y) for shape in SHAPES.values()])[labels, torch.arange(count)]
     inside = (0.5 - distance * radius).clamp(0, 1)  # antialiased
 
-    # Colours: the ground is dark and runs from one to another, the shape is brighter.
+    # The ground is dark and runs from one colour to another, the shape is brighter.
     start, end, paint = (torch.stack(u[i : i + 3], dim=1) for i in (4, 7, 10))  # (count, 3, 1, 1)
     ground = 0.4 * (start + (end - start) * line / size)
     images = torch.lerp(ground, 0.45 + 0.55 * paint, inside[:, None])
@@ -763,84 +722,79 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-IMAGE_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
-IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode. Pillow clips 16 bits to 0..255, which makes noise: they are scaled here.
-    Raises BadInput for 32-bit and float images, of which nobody knows what white is."""
+    """RGB of any mode; 16 bits, which Pillow would clip to noise, are scaled. Raises ValueError for
+    32-bit and float images, of which nobody knows what white is."""
     wide = image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow's name for some of them
     if wide or image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise BadInput(f"{image.filename} has pixels of unknown range: save it with 8 or 16 bits")
+        raise ValueError("its range is unknown: save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
+IMAGE_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
+
+
 class FolderImages(torchvision.datasets.DatasetFolder):
-    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label), and where latents are
-    kept the index and the row of it."""
+    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label), and with a cache the
+    name of the file for the image's latents. Raises BadInput."""
 
     def __init__(self, folder: str, size: int):
-        self.size, self.latents = size, None
-        try:
-            # A `train` beside other folders than splits is a class called so.
+        self.size, self.cache = size, None
+        with explained(f"--data {folder} must hold images as class/*.jpg"):
             names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+            # A `train` beside folders that are no splits is a class called so.
             if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
                 folder = os.path.join(folder, "train")
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
             for path, _ in self.samples[:: 1 + len(self) // 1000]:
                 Image.open(path).close()
-        except OSError as error:
-            raise BadInput(f"--data {folder} must hold images as class/*.jpg: {error}") from error
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
+        with explained(f"{path} is no readable image: mend or remove it"), Image.open(path) as file:
+            crop = np.array(center_crop(to_rgb(file), self.size))
+        image = torch.from_numpy(crop).permute(2, 0, 1)
+        if self.cache is None:
+            return image, label
+        # Another image of the same name has another date or length.
+        key = os.path.relpath(path, self.root), os.stat(path).st_mtime_ns, os.stat(path).st_size
+        name = hashlib.sha256(repr((self.size, *key)).encode()).hexdigest()
+        return image, label, os.path.join(self.cache, name[:2], f"{name[2:32]}.npy")
+
+
+def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
+    """Mean and std of a batch's latents (N, 2C, h, w), read from one file for each image. Those
+    without are encoded and written, as float16: what is written is what is used. A file cut short
+    by a kill counts as none, and processes and machines can share them."""
+    rows = []
+    for file in files:
         try:
-            with self.loader(path) as file:
-                crop = np.array(center_crop(to_rgb(file), self.size))
-        except BadInput:
-            raise
-        except Exception as error:
-            raise BadInput(f"{path} is no readable image: mend or remove it") from error
-        item = torch.from_numpy(crop).permute(2, 0, 1), label
-        return item if self.latents is None else (*item, i, self.latents.read(i))
+            rows.append(torch.from_numpy(np.load(file)))
+        except (OSError, ValueError, EOFError):
+            rows.append(None)
+    missing = [k for k, row in enumerate(rows) if row is None]
+    if missing:  # the whole batch is encoded: other shapes round otherwise
+        encoded = encode_images(run.vae, images).half().cpu()
+        if not encoded.isfinite().all():
+            raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
+        for k in missing:
+            rows[k] = encoded[k]
+            os.makedirs(os.path.dirname(files[k]), exist_ok=True)
+            np.save(files[k], encoded[k].numpy())
+    return torch.stack(rows).to(run.device, non_blocking=True).float()
 
 
-class Latents:
-    """A file of encoded images that fills itself: a row of float16 (mean, std) for each, written
-    when it is first seen. Its last number, a standard deviation, is above 0 once the row is whole:
-    so processes can share the file, and a kill costs the row in hand."""
-
-    def __init__(self, path: Path, rows: int, shape: tuple):
-        self.path, self.shape, self.row_bytes = path, shape, 2 * math.prod(shape)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.truncate(rows * self.row_bytes)  # of zeros, for which disks keep no blocks
-
-    def read(self, i: int) -> Tensor:
-        """Row i (2C, h, w); its last number is 0 if it is not written yet."""
-        start, count = i * self.row_bytes, self.row_bytes // 2
-        row = np.fromfile(self.path, np.float16, count, offset=start)
-        return torch.from_numpy(row).view(self.shape)
-
-    def write(self, i: int, row: Tensor) -> None:
-        with open(self.path, "rb+", buffering=0) as file:
-            file.seek(i * self.row_bytes)
-            file.write(row.numpy().tobytes())
-
-
-def open_latents(config: Config, dataset: FolderImages, vae: AutoencoderKL) -> Latents:
-    """The latents of a data set; the file's name changes with the images, the crop and the VAE."""
-    digest = hashlib.sha256(repr(config.image_size).encode())
-    for path, _ in dataset.samples:
-        name, stat = os.path.relpath(path, dataset.root), os.stat(path)
-        digest.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
-    for value in vae.tensors.values():
-        digest.update(value.cpu().numpy().tobytes())
-    path, (c, h, w) = Path(config.cache, f"{digest.hexdigest()[:16]}.f16"), config.latent_shape
-    return Latents(path, len(dataset), (2 * c, h, w))
+@torch.no_grad()
+def load_batch(run: Run, batch: list, eps: Tensor) -> tuple:
+    """A loader's batch -> latents x (N, C, h, w), labels y (N,), teacher tokens z or None."""
+    images, y, *kept = batch
+    images, y = (part.to(run.device, non_blocking=True) for part in (images, y))
+    moments = keep_latents(run, images, *kept) if kept else encode_images(run.vae, images)
+    mean, std = moments.chunk(2, dim=1)
+    return mean + std * eps, y, run.teacher(images) if run.teacher else None
 
 
 def index_batches(run: Run):
@@ -854,34 +808,8 @@ def index_batches(run: Run):
                 generator = seeded("cpu", "epoch", config.seed, epoch)
                 order = torch.randperm(count, generator=generator).tolist()
             batch.append(order[place % count])
-        parts = np.array_split(batch, run.world_size * config.accum)
-        yield from parts[run.rank * config.accum : (run.rank + 1) * config.accum]
-
-
-@torch.no_grad()
-def load_batch(run: Run, batch: list, eps: Tensor) -> tuple:
-    """A loader's batch -> latents x (N, C, h, w), labels y (N,), teacher tokens z or None."""
-    images, y, *kept = batch
-    images, y = (part.to(run.device, non_blocking=True) for part in (images, y))
-    if kept:
-        moments = keep_latents(run, images, *kept).to(run.device, non_blocking=True).float()
-    else:
-        moments = encode_images(run.vae, images)
-    mean, std = moments.chunk(2, dim=1)
-    return mean + std * eps, y, run.teacher(images) if run.teacher else None
-
-
-def keep_latents(run: Run, images: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-    """rows (N, 2C, h, w) as read, with those encoded and written that were not. What is written
-    is what is used. A row missing, the whole batch is encoded: other shapes round otherwise."""
-    missing = (rows[:, -1, -1, -1] == 0).nonzero().flatten().tolist()
-    encoded = encode_images(run.vae, images).half().cpu() if missing else rows
-    for k in missing:
-        rows[k] = run.dataset.latents.read(int(ids[k]))  # by now another may have written it
-        if rows[k, -1, -1, -1] == 0:
-            rows[k] = encoded[k]
-            run.dataset.latents.write(int(ids[k]), encoded[k])
-    return rows
+        shares = np.array_split(batch, run.world_size * config.accum)
+        yield from shares[run.rank * config.accum : (run.rank + 1) * config.accum]
 
 
 # ---- 8. The training loop ------------------------------------------------------------------------
@@ -889,12 +817,11 @@ def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
     rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     local_rank, local_size = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        device = torch.device(f"cuda:{local_rank}")
+    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     else:  # torchrun gives each process one thread: share the cores instead
-        device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
     if world_size > 1:
@@ -905,37 +832,32 @@ def setup_distributed() -> tuple:
 def set_up(config: Config, build_model, build_teacher) -> Run:
     """Processes, data, frozen networks, the model and its checkpoint. Raises BadInput."""
     rank, world_size, device = setup_distributed()
-    parts = world_size * config.accum
     rule = f"a multiple of {world_size} processes x accum {config.accum}"
-    require(config, "batch_size", config.batch_size % parts == 0, rule)
+    require(config, "batch_size", config.batch_size % (world_size * config.accum) == 0, rule)
 
     # Data and frozen networks; they tell the number of classes and the teacher's width.
-    if config.data:
-        dataset = FolderImages(config.data, config.image_size)
-    else:
-        dataset = demo_shapes(config.image_size)
+    folder, size = config.data, config.image_size
+    dataset = FolderImages(folder, size) if folder else demo_shapes(size)
     vae = build_vae(config, device)
-    if config.data and vae:
-        dataset.latents = open_latents(config, dataset, vae)
+    if folder and vae:
+        weights = b"".join(value.cpu().numpy().tobytes() for value in vae.tensors.values())
+        dataset.cache = os.path.join(config.cache, hashlib.sha256(weights).hexdigest()[:16])
     teacher = build_teacher(config, dataset, device, rank)
-    names = tuple(dataset.classes)
-    config = dataclasses.replace(config, num_classes=len(names), class_names=names)
-    if teacher:
-        config = dataclasses.replace(config, z_dim=teacher.dim)
+    told = dict(num_classes=len(dataset.classes), class_names=tuple(dataset.classes))
+    told |= dict(z_dim=teacher.dim) if teacher else {}
+    config = dataclasses.replace(config, **told)
 
     # What is trained, and its average.
     run = Run(config, rank, world_size, device, dataset, vae, teacher)
-    run.model = build_model(config).to(device)
+    run.model = run.ddp_model = build_model(config).to(device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     weights, betas = run.model.parameters(), (0.9, 0.999)  # Tab. 7
     run.optimizer = torch.optim.AdamW(weights, config.lr, betas, weight_decay=0.0, fused=True)
     resume(run)
     if config.compile and device.type == "cuda":
         run.model.compile()  # in place: names of weights stay
-    run.ddp_model = run.model
     if world_size > 1:
-        ddp = nn.parallel.DistributedDataParallel
-        run.ddp_model = ddp(run.model, gradient_as_bucket_view=True)
+        run.ddp_model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
 
@@ -958,16 +880,13 @@ def resume(run: Run) -> None:
 
 def begin_log(run: Run) -> None:
     """Tells what is about to run, and drops what a killed run logged after its last save."""
-    config, out = run.config, Path(run.config.out)
-    print(
-        f"{config.method}, {config.size}, {sum(p.numel() for p in run.model.parameters()):,} "
-        f"weights, {len(run.dataset)} images, {run.world_size} x {run.device.type}, "
-        f"steps {run.step} to {config.steps}; {out}"
-    )
+    config, log = run.config, Path(run.config.out, "log.jsonl")
+    size = f"{config.size}, {sum(p.numel() for p in run.model.parameters()):,} weights"
+    data = f"{len(run.dataset)} images, {run.world_size} x {run.device.type}"
+    print(f"{config.method}, {size}, {data}, steps {run.step} to {config.steps}; {config.out}")
     if run.step >= config.steps:
         print("finished: raise --steps for more, or name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     whole = [line for line in lines if line.endswith("}\n")]
     log.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.step))
@@ -976,16 +895,13 @@ def begin_log(run: Run) -> None:
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
     """One step of the optimizer; adds its losses to run.sums."""
     config, device, means = run.config, run.device, {}
-
     # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
     drawn = draw_step(run, seeded(device, "step", config.seed, run.step))
     shares = run.world_size * config.accum
     for micro in range(config.accum):
         share = run.rank * config.accum + micro
-        mine = {  # this rank's rows; what is no tensor is handed on as it is
-            name: value.chunk(shares)[share] if torch.is_tensor(value) else value
-            for name, value in drawn.items()
-        }
+        # What is no tensor is handed on as it is.
+        mine = {k: v.chunk(shares)[share] if torch.is_tensor(v) else v for k, v in drawn.items()}
         x, y, z = load_batch(run, next(batches), mine.pop("eps"))
         run.ddp_model.require_backward_grad_sync = micro + 1 == config.accum
         with torch.autocast(device.type, torch.bfloat16, config.bf16 and device.type == "cuda"):
@@ -993,30 +909,30 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
         (losses["loss"] / config.accum).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0.0) + value.detach() / shares
-
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
+
     # The average includes the step just made, and keeps no graph.
     weights = [p.detach() for p in run.model.parameters()]
     torch._foreach_lerp_(list(run.ema.parameters()), weights, 1 - config.ema_decay)
     run.step += 1
 
-    # No value is read: that would wait for the GPU.
+    # No value is read here: that would wait for the GPU.
     values = torch.stack([*means.values(), grad_norm / run.world_size])
     if run.world_size > 1:
         dist.all_reduce(values)
     for name, value in zip((*means, "grad_norm"), values, strict=True):
         run.sums[name] = run.sums.get(name, 0.0) + value
+    run.sums["steps"] = run.sums.get("steps", 0) + 1
 
 
-def report(run: Run, steps: int, seconds: float) -> None:
-    """Logs the means of the steps since the last line; see require_finite."""
-    count = run.step % run.config.log_every or run.config.log_every
-    means = (torch.stack(list(run.sums.values())) / count).tolist()
+def report(run: Run, images_per_s: float) -> None:
+    """Logs the means of the steps since the last line."""
+    steps = run.sums.pop("steps")
+    means = (torch.stack(list(run.sums.values())) / steps).tolist()
     record = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
-    record["images_per_s"] = run.config.batch_size * steps / seconds
-    run.sums = {}
+    record["images_per_s"], run.sums = images_per_s, {}
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in record.items() if value))
         with open(Path(run.config.out, "log.jsonl"), "a") as file:
@@ -1024,12 +940,10 @@ def report(run: Run, steps: int, seconds: float) -> None:
 
 
 def require_finite(run: Run) -> None:
-    """Raises BadInput on all ranks before weights that broke are saved, or trained further."""
+    """Raises BadInput on all ranks before weights that broke are saved or trained further."""
     if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
-        raise BadInput(
-            f"step {run.step}: weights not finite, nothing was saved since they broke: go on from "
-            f"the checkpoint in {run.config.out}, if there is one, with a smaller --lr"
-        )
+        way_out = f"go on from {run.config.out}/latest.pt, if it is there, with a smaller --lr"
+        raise BadInput(f"step {run.step}: weights not finite, and not saved: {way_out}")
 
 
 def save(run: Run) -> None:
@@ -1039,22 +953,18 @@ def save(run: Run) -> None:
     milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
-        try:
+        with explained(f"cannot save {path}: make room, then type the same command"):
             torch.save(state, beside)
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
-        except (OSError, RuntimeError) as error:
-            beside.unlink(missing_ok=True)
-            raise BadInput(f"cannot save {path} ({error}): make room, type it again") from error
 
 
 def preview(run: Run, sampler) -> None:
     """Draws 8 images of each of 8 classes, a row each, from the same noise at every step."""
     config, device = run.config, run.device
-    classes = torch.linspace(0, config.num_classes - 1, 8, device=device).round().long()
-    y, generator = classes.repeat_interleave(8), seeded(device, "preview", config.seed)
-    on = dict(generator=generator, device=device)
+    y = torch.arange(64, device=device) // 8 * config.num_classes // 8
+    on = dict(generator=seeded(device, "preview", config.seed), device=device)
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None
     # Guided: ours, pictures to recognise.
@@ -1064,14 +974,6 @@ def preview(run: Run, sampler) -> None:
     path = Path(config.out, f"samples-{run.step:07d}.png")
     torchvision.utils.save_image(images, path, nrow=8, pad_value=1.0)
     tqdm.write(f"samples: {path}")
-
-
-def told_to_stop(run: Run, signals) -> bool:
-    """Whether a signal came to any rank: asked by gloo, on the CPU, so that all stop together."""
-    count = torch.tensor(len(signals))
-    if run.world_size > 1:
-        dist.all_reduce(count)
-    return bool(count)
 
 
 def own_group(worker: int) -> None:
@@ -1088,30 +990,28 @@ def train(
     draw_step=draw_step,
     training_losses=training_losses,
     sampler=euler_ode,
-    signals: list | tuple = (),
+    signals=(),
 ) -> None:
     """Trains from the newest checkpoint on; a fork hands in functions of its own for ours. Once
     `signals` is not empty on one rank, all of them save after the step and return."""
     run = set_up(config, build_model, build_teacher)
     if run.rank == 0:
         begin_log(run)
-    loader = DataLoader(
-        run.dataset,
-        batch_sampler=index_batches(run),
-        num_workers=config.workers,
-        pin_memory=run.device.type == "cuda",
-        worker_init_fn=own_group,
-    )
-    batches, since, tick = iter(loader), run.step, time.time()
-    steps = range(run.step, config.steps)
+    how = dict(num_workers=config.workers, worker_init_fn=own_group)
+    how["pin_memory"] = run.device.type == "cuda"
+    batches = iter(DataLoader(run.dataset, batch_sampler=index_batches(run), **how))
+    first, tick, steps = run.step, time.time(), range(run.step, config.steps)
     for _ in tqdm(steps, initial=run.step, total=config.steps, disable=run.rank > 0):
         train_step(run, batches, draw_step, training_losses)
-        last, stopped = run.step == config.steps, told_to_stop(run, signals)
+        stop = torch.tensor(len(signals))
+        if run.world_size > 1:
+            dist.all_reduce(stop)  # by gloo, on the CPU: all ranks stop together
+        last, stopped = run.step == config.steps, stop > 0
         logs = last or run.step % config.log_every == 0
         saves = last or stopped or run.step % config.save_every == 0
         if logs:
-            report(run, run.step - since, time.time() - tick)
-            since, tick = run.step, time.time()
+            report(run, config.batch_size * (run.step - first) / (time.time() - tick))
+            first, tick = run.step, time.time()
         if logs or saves:
             require_finite(run)
         if saves and run.rank == 0:
@@ -1133,12 +1033,11 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo
     except (BadInput, OSError, RuntimeError) as error:
-        died = isinstance(error, ConnectionResetError) or "DataLoader worker (" in str(error)
-        if isinstance(error, RuntimeError) and not died:
-            raise
         reason = str(error).strip().splitlines()[-1]
-        if died:
+        if isinstance(error, ConnectionResetError) or "DataLoader worker (" in str(error):
             reason = "a data worker died (memory? /dev/shm?): type it again, or fewer --workers"
+        elif isinstance(error, RuntimeError):
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
 
