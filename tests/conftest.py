@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "golden")]
 
-QUICK = ("config", "data", "method", "model", "objective", "sampler")  # test_*.py; others are slow
+QUICK = ("config", "data", "form", "method", "model", "objective", "sampler")  # others are slow
 
 
 def pytest_configure(config):

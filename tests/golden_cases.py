@@ -81,7 +81,7 @@ def assert_golden(value, case, name):
     array = value.detach().double().numpy().reshape(gold["shape"])
     found = formula.summarize(array, f"{case['id']}/{name}", case["seed"])
     limit = gold["atol64"] if exact else gold["atol32"]
-    pairs = list(zip(found["val"], gold["val"] if exact else gold["val32"]))
+    pairs = list(zip(found["val"], gold["val"] if exact else gold["val32"], strict=True))
     pairs += [(found[key], gold[key]) for key in ("mean", "probe")]
     worst = max(abs(a - b) for a, b in pairs)
     assert worst <= limit, f"{case['id']} {name}: off by {worst:.2e}, allowed {limit:.2e}"

@@ -21,7 +21,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # where the server looks for it
 def run_script(script, argv, shown, environment, before):
     """What the new process does; its stdout and stderr go to the two files `shown`."""
     for number, path in enumerate(shown, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     os.environ.update(environment)
     sys.argv = [script, *argv]
     if before:
@@ -33,10 +33,10 @@ class Program:
     """A script of ours that runs; `before` is called in its process first, and must pickle."""
 
     def __init__(self, script, *argv, before=None, **environment):
-        self.shown = [tempfile.NamedTemporaryFile() for _ in range(2)]
-        names = [file.name for file in self.shown]
+        self.folder = tempfile.TemporaryDirectory()  # goes with this object
+        self.shown = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         script, argv = str(ROOT / script), [str(x) for x in argv]
-        args = (script, argv, names, environment, before)
+        args = (script, argv, self.shown, environment, before)
         self.process = SERVER.Process(target=run_script, args=args)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
@@ -53,7 +53,7 @@ class Program:
         return self.process.exitcode, *self.read()
 
     def read(self):
-        return [Path(file.name).read_text() for file in self.shown]
+        return [path.read_text() if path.exists() else "" for path in self.shown]
 
 
 def start_ranks(count, script, *argv, **options):

@@ -1,24 +1,28 @@
-"""Data: shapes, crops, folders as they are found in the wild, and latents encoded beforehand."""
+"""Data: shapes, crops, folders as they are found in the wild, and latents that keep themselves."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 import maskalign
 from maskalign import (
     BadInput,
     FolderImages,
+    Latents,
+    Run,
     build_vae,
-    cache_file,
     center_crop,
     demo_shapes,
     encode_images,
     index_batches,
+    keep_latents,
     make_config,
-    prepare,
+    open_latents,
 )
 
 
@@ -125,7 +129,9 @@ def test_a_grey_ramp_stays_a_ramp_with_8_and_with_16_bits(name, dtype, opened, t
 def test_pixels_of_unknown_range_are_refused_with_one_sentence(mode, dtype, tmp_path):
     ramp_file(tmp_path / "only" / "x.tif", dtype, mode, top=1)
     images = FolderImages(str(tmp_path), 16)
-    with pytest.raises(BadInput, match=f"x.tif has pixels of mode {mode}, .*: save it with 8 or"):
+    with pytest.raises(
+        BadInput, match="x.tif has pixels of unknown range: save it with 8 or 16 bits"
+    ):
         images[0]
 
 
@@ -139,16 +145,11 @@ def test_formats_of_photographs_are_read(suffix, tmp_path):
     assert (crop.float().mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 8
 
 
-def test_files_that_are_skipped_are_told_in_one_line(tmp_path, capsys):
+def test_files_that_are_no_images_by_their_name_are_left_out(tmp_path):
     folder = make_folder(tmp_path)
     for name in ("cat/a.txt", "dog/b.TXT", "dog/c.svg", "dog/Thumbs"):
         (tmp_path / name).write_text("no image")
-    images = FolderImages(folder, 16)
-    maskalign.tell_skipped(folder, images.skipped)
-    shown = capsys.readouterr().out
-    assert len(images) == 6 and "no image by its name: 2 .txt, 1 no suffix, 1 .svg\n" in shown
-    maskalign.tell_skipped(folder, FolderImages(make_folder(tmp_path / "all"), 16).skipped)
-    assert capsys.readouterr().out == ""
+    assert len(FolderImages(folder, 16)) == 6
 
 
 def test_train_is_a_class_where_other_classes_lie_beside_it(tmp_path):
@@ -193,81 +194,166 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
         images[4]
 
 
+def batches(config, count, step=0, rank=0, world_size=1):
+    """The micro-batches of indices, as lists, that a process takes from `step` on."""
+    run = Run(config, rank, world_size, dataset=range(count), step=step)
+    return [batch.tolist() for batch in index_batches(run)]
+
+
 def test_every_image_is_seen_once_per_epoch_in_an_order_of_the_seed():
     config = make_config(batch_size=4, steps=15, seed=3)
-    stream = [i for batch in index_batches(10, config, 0, 0, 1) for i in batch]
+    stream = sum(batches(config, 10), [])
     epochs = [stream[k : k + 10] for k in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert stream != [
-        i
-        for batch in index_batches(10, make_config(batch_size=4, steps=15, seed=4), 0, 0, 1)
-        for i in batch
-    ]
+    assert stream != sum(batches(make_config(batch_size=4, steps=15, seed=4), 10), [])
 
 
 @pytest.mark.parametrize("world_size, accum", [(1, 2), (2, 1), (2, 3), (6, 2)])
 def test_processes_and_micro_batches_share_the_same_stream(world_size, accum):
-    one = make_config(batch_size=12, steps=5)
-    whole = [list(batch) for batch in index_batches(7, one, 0, 0, 1)]  # fewer images than a batch
+    whole = batches(make_config(batch_size=12, steps=5), 7)  # fewer images than a batch
     config = make_config(batch_size=12, steps=5, accum=accum)
-    ranks = [list(index_batches(7, config, 0, rank, world_size)) for rank in range(world_size)]
+    ranks = [batches(config, 7, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(5):
-        parts = [ranks[r][step * accum + a] for r in range(world_size) for a in range(accum)]
-        assert [i for part in parts for i in part] == whole[step]
+        shares = [ranks[r][step * accum + a] for r in range(world_size) for a in range(accum)]
+        assert sum(shares, []) == whole[step]
 
 
 def test_the_stream_goes_on_where_it_stopped():
     config = make_config(batch_size=4, steps=9)
-    whole = [list(b) for b in index_batches(10, config, 0, 0, 1)]
-    assert [list(b) for b in index_batches(10, config, 5, 0, 1)] == whole[5:]
+    assert batches(config, 10, step=5) == batches(config, 10)[5:]
 
 
-def prepared(folder, vae_file, **typed):
-    config = make_config(
-        data=folder, image_size=16, vae_weights=vae_file, prepare=True, workers=0, **typed
-    )
-    data, vae = FolderImages(folder, 16), build_vae(config, "cpu")
-    return config, data, vae, cache_file(config, data, vae)
+# ---- latents that keep themselves
 
 
-def test_prepared_latents_are_those_encoded_on_the_fly(tmp_path, vae_file):
-    config, data, vae, path = prepared(make_folder(tmp_path / "data"), vae_file)
-    prepare(config, data, vae, "cpu", 0, 1)
-    data.cache = path
-    assert path.parent == tmp_path / "data-latents" and len(data) == 6
-    for image, _, moments in (data[i] for i in range(6)):
-        direct = encode_images(vae, image[None])[0]
-        torch.testing.assert_close(moments.float(), direct, rtol=2e-3, atol=1e-4)  # float16
-        assert moments.dtype == torch.float16 and moments.shape == (8, 2, 2)
+@pytest.fixture(scope="module")
+def vae(vae_file):
+    return build_vae(make_config(data="x", vae_weights=vae_file), "cpu")
 
 
-def test_killed_preparation_goes_on_without_doing_rows_again(tmp_path, vae_file, monkeypatch):
-    config, data, vae, path = prepared(make_folder(tmp_path / "data", per_class=40), vae_file)
-    calls, encode = [], maskalign.encode_images
+@pytest.fixture
+def encoded(monkeypatch):
+    """The numbers of images that were encoded, call by call."""
+    calls = []
 
     def count(vae, images):
         calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(vae, images)
+        return encode_images(vae, images)
 
     monkeypatch.setattr(maskalign, "encode_images", count)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config, data, vae, "cpu", 0, 1)
-    assert not path.exists()  # half a cache is not taken for a whole one
-    prepare(config, data, vae, "cpu", 0, 1)
-    assert calls == [32, 32, 32, 16] and (np.load(path)[:, -1, -1, -1] > 0).all()
-    prepare(config, data, vae, "cpu", 0, 1)  # nothing left to do
-    assert len(calls) == 4
+    return calls
 
 
-def test_cache_of_other_files_crop_or_vae_is_not_used(tmp_path, vae_file):
-    folder = make_folder(tmp_path / "data")
-    config, data, vae, path = prepared(folder, vae_file)
-    vae.register_buffer("quant_conv/bias", getattr(vae, "quant_conv/bias") + 1)
-    assert cache_file(config, data, vae) != path
-    bigger = make_config(data=folder, image_size=32, vae_weights=vae_file)
-    assert cache_file(bigger, data, build_vae(bigger, "cpu")) != path
-    os.rename(f"{folder}/cat/0.png", f"{folder}/cat/9.png")
-    assert prepared(folder, vae_file)[3] != path
+def run_on(folder, vae, **typed):
+    """What a run knows of its data; the latents lie in FOLDER-latents."""
+    config = make_config(data=str(folder), image_size=16, **typed)
+    dataset = FolderImages(config.data, 16)
+    dataset.latents = open_latents(config, dataset, vae)
+    return Run(config, dataset=dataset, vae=vae)
+
+
+def load(run, ids):
+    """(images, ids, rows) as a loader hands them over."""
+    images, _, ids, rows = default_collate([run.dataset[i] for i in ids])
+    return images, ids, rows
+
+
+def test_latents_are_written_when_first_seen_and_read_from_then_on(tmp_path, vae, encoded):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    images, ids, rows = load(run, [4, 0, 2])
+    assert not rows.any() and rows.dtype == torch.float16 and rows.shape == (3, 8, 2, 2)
+    first = keep_latents(run, images, ids, rows)
+    assert torch.equal(first, encode_images(vae, images).half()) and encoded == [3]
+
+    images, ids, rows = load(run_on(tmp_path / "data", vae), [4, 0, 2])
+    assert torch.equal(rows, first)  # what was used is what was written, to the bit
+    assert torch.equal(keep_latents(run, images, ids, rows), first) and encoded == [3]
+    assert run.dataset.latents.path.parent == tmp_path / "data-latents"
+    assert run.dataset.latents.path.stat().st_size == 6 * 2 * 8 * 2 * 2
+
+
+def test_a_row_whose_writing_was_killed_is_encoded_again_and_no_other(tmp_path, vae, encoded):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    whole = keep_latents(run, *load(run, range(6)))
+    latents = run.dataset.latents
+    good = latents.path.read_bytes()
+    for written in (0, 1, 40, 62):  # bytes of row 3 that reached the disk
+        torn = bytearray(good)
+        torn[3 * 64 + written : 4 * 64] = bytes(64 - written)
+        latents.path.write_bytes(torn)
+        assert torch.equal(keep_latents(run, *load(run, range(6))), whole)
+        assert latents.path.read_bytes() == good
+    assert encoded == [6] * 5
+
+
+def test_what_another_process_wrote_meanwhile_is_what_is_used(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    images, ids, rows = load(run, [1, 2])
+    theirs = torch.full((8, 2, 2), 0.5, dtype=torch.float16)
+    run_on(tmp_path / "data", vae).dataset.latents.write(2, theirs)
+    kept = keep_latents(run, images, ids, rows)
+    assert torch.equal(kept[1], theirs) and not torch.equal(kept[0], theirs)
+    assert torch.equal(run.dataset.latents.read(1), kept[0])
+    assert torch.equal(run.dataset.latents.read(2), theirs)
+
+
+def test_an_image_that_comes_twice_in_a_batch_has_one_row(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    kept = keep_latents(run, *load(run, [5, 5]))
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], run.dataset.latents.read(5))
+
+
+def test_other_images_crop_or_vae_have_another_file(tmp_path, vae, vae_file):
+    folder = tmp_path / "data"
+    make_folder(folder)
+
+    def name(vae=vae, size=16):
+        config = make_config(data=str(folder), image_size=size)
+        return open_latents(config, FolderImages(str(folder), size), vae).path.name
+
+    first = name()
+    assert name() == first and name(size=32) != first
+    other_vae = build_vae(make_config(data="x", vae_weights=vae_file), "cpu")
+    other_vae.tensors["quant_conv.bias"] = other_vae.tensors["quant_conv.bias"] + 1
+    assert name(other_vae) != first
+
+    image, before = folder / "cat" / "0.png", os.stat(folder / "cat" / "0.png")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert name() != first  # replaced under the same name, later
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert name() == first
+    with open(image, "ab") as file:
+        file.write(b"\0")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert name() != first  # another size
+    os.rename(image, folder / "cat" / "9.png")
+    assert name() != first
+
+
+def test_a_folder_that_moved_finds_its_latents(tmp_path, vae):
+    folder, cache = make_folder(tmp_path / "here"), str(tmp_path / "cache")
+    first = run_on(folder, vae, cache=cache)
+    keep_latents(first, *load(first, range(6)))
+    shutil.move(folder, tmp_path / "there")
+    moved = run_on(tmp_path / "there", vae, cache=cache)
+    assert moved.dataset.latents.path == first.dataset.latents.path
+    assert load(moved, range(6))[2][:, -1, -1, -1].all()
+
+
+def test_a_file_of_latents_takes_no_room_before_it_is_filled(tmp_path):
+    latents = Latents(tmp_path / "new" / "rows.f16", 10**6, (8, 32, 32))
+    stat = latents.path.stat()
+    assert stat.st_size == 10**6 * 2 * 8 * 32 * 32 and stat.st_blocks * 512 < 10**6
+    row = torch.randn(8, 32, 32).half()
+    latents.write(999_999, row)
+    assert torch.equal(latents.read(999_999), row) and not latents.read(0).any()
+    assert latents.path.stat().st_size == stat.st_size
+
+
+def test_a_file_cut_short_is_lengthened_and_keeps_its_rows(tmp_path):
+    path, row = tmp_path / "rows.f16", torch.randn(2, 1, 1).half()
+    Latents(path, 5, (2, 1, 1)).write(1, row)
+    os.truncate(path, 10)  # in the middle of the third row
+    latents = Latents(path, 5, (2, 1, 1))
+    assert torch.equal(latents.read(1), row) and not latents.read(4).any()

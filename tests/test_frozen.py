@@ -113,16 +113,16 @@ def test_weights_of_something_else_are_refused_and_not_left_random(tiny, vae_wei
     prefixed = {f"module.{name}": value for name, value in tiny.items()}
     wider = {**tiny, "norm.weight": torch.ones(384)}
     for wrong, reason in (
-        (vae_weights, "it has no cls_token"),
-        (without, "it has no blocks.7.norm1.weight"),
-        (prefixed, "it has no cls_token"),
-        (deeper, "it also has blocks.12.norm1.weight"),
+        (vae_weights, "cls_token is only in one of them"),
+        (without, "blocks.7.norm1.weight is only in one of them"),
+        (prefixed, "cls_token is only in one of them"),
+        (deeper, "blocks.12.norm1.weight is only in one of them"),
         (wider, "size mismatch for norm.weight"),
         ([tiny], "list"),
     ):
         with pytest.raises(BadInput, match=f"vit.pth holds weights of another .*{reason}") as error:
             build(wrong, tmp_path)
-        assert "\n" not in str(error.value) and "--teacher_weights FILE" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_an_empty_file_of_weights_does_not_ask_the_hub(tmp_path, monkeypatch):
@@ -132,9 +132,7 @@ def test_an_empty_file_of_weights_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(maskalign.huggingface_hub, "hf_hub_download", ask)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", ask)
     for empty in ({}, {"model": {}}):
-        with pytest.raises(
-            BadInput, match="vit.pth holds weights of another .*it has no cls_token"
-        ):
+        with pytest.raises(BadInput, match="vit.pth holds weights of another .*cls_token is only"):
             build(empty, tmp_path)
 
 
@@ -149,7 +147,7 @@ def test_dinov3_can_teach_and_has_no_table_of_positions(tmp_path):
     for key, value in teacher.vit.state_dict().items():
         assert torch.equal(value, state[key])
     del state["reg_token"]
-    with pytest.raises(BadInput, match="it has no reg_token"):
+    with pytest.raises(BadInput, match="reg_token is only in one of them"):
         build(state, tmp_path, name)
 
 
@@ -208,11 +206,10 @@ def test_a_weights_file_cannot_run_code(zipped, tmp_path):
 
     state, path = {"weight": Attack()}, tmp_path / "attack.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        BadInput, match=r"cannot read .*Unsupported global: GLOBAL \S+open "
-    ) as error:
+    with pytest.raises(BadInput, match="cannot read .*/attack.pth") as error:
         read_weights(str(path))
-    assert "delete" not in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "can still be loaded" not in str(error.value), "torch's advice is no advice of ours"
     assert not (tmp_path / "ran").exists()
 
 
@@ -267,7 +264,7 @@ def test_a_file_cut_short_is_refused_in_every_format(kind, share, tmp_path):
     path = write_as(kind, {"weight": torch.randn(50, 50)}, tmp_path / "w.pth")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(BadInput, match="cannot read .*; it must be a whole") as caught:
+    with pytest.raises(BadInput, match="cannot read .*/w.*: is it another file") as caught:
         read_weights(str(path))
     assert "\n" not in str(caught.value) and "delete" not in str(caught.value)
 
@@ -277,7 +274,7 @@ def test_a_flipped_bit_of_a_zip_is_refused(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 1  # in the middle of the tensor: torch would load it
     path.write_bytes(whole)
-    with pytest.raises(BadInput, match="cannot read .*data/0 is damaged"):
+    with pytest.raises(BadInput, match="cannot read .* a part of it is damaged"):
         read_weights(str(path))
 
 
@@ -382,4 +379,4 @@ def test_demo_teacher_learns_its_classes_and_has_a_patch_per_token():
 def test_demo_teacher_is_the_same_at_every_start():
     config, data = make_config(num_classes=8, teacher_steps=5), demo_shapes(24, 64)
     one, two = (build_teacher(config, data, "cpu").state_dict() for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values()))
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))
