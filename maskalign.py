@@ -14,6 +14,7 @@ Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One trainin
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -47,6 +48,16 @@ from tqdm import tqdm
 
 class BadInput(ValueError):
     """What the user can mend; the message is one sentence: the thing, its value, the way out."""
+
+
+@contextlib.contextmanager
+def explained(sentence: str):
+    """Any error inside becomes BadInput: the sentence, and in brackets what went wrong."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
 
 
 # ---- 1. Settings: tables whose rows override one dataclass (Tab. 7) ------------------------------
@@ -496,7 +507,9 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
     Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    try:
+    name = path or f"{filename} of {repo}"
+    advice = f": run once with internet, or pass {flag} FILE" if flag else ""
+    with explained(f"cannot read {name}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         if not path:  # ask once ourselves: offline, the hub's own client tries again for 45 s
             urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
@@ -507,12 +520,6 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         if zipped and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
             raise ValueError("a part of it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
-        advice = f"run once with internet, or pass {flag} FILE" if flag else "is it another file?"
-        raise BadInput(
-            f"cannot read {path or f'{filename} of {repo}'} ({reason}): {advice}"
-        ) from error
 
 
 class ViTTeacher(nn.Module):
@@ -523,15 +530,13 @@ class ViTTeacher(nn.Module):
         super().__init__()
         tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
         arch, how = ("vit_tiny_patch16_224", tiny) if name == "classifier" else (name, {})
-        try:
+        known = f"{Config.teacher}, or classifier"
+        with explained(f"teacher {name!r} is no ViT of timm with a class token: try {known}"):
             patch = how.get("patch_size") or int(re.search(r"vit_.*patch(\d+)", arch)[1])
             self.size = grid * patch
             self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **how)
             if self.vit.cls_token is None or isinstance(self.vit.norm, nn.Identity):
-                raise ValueError("it has no class token, or no last norm")
-        except Exception as error:
-            rule = f"must be a ViT of timm with a class token: try {Config.teacher}, or classifier"
-            raise BadInput(f"teacher is {name!r}: it {rule}") from error
+                raise ValueError("no class token, or no last norm")
         if name != "classifier":
             self.load(weights)
         self.dim, source = self.vit.num_features, self.vit.pretrained_cfg
@@ -543,15 +548,13 @@ class ViTTeacher(nn.Module):
         block of the file be ours. Its heads and mask token are left out."""
         repo, vit = self.vit.pretrained_cfg["hf_hub_id"], self.vit
         state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
-        try:  # timm resamples positions (bicubic, antialias) to our grid
+        with explained(f"{weights or repo} holds weights of another model"):
+            # timm resamples positions (bicubic, antialias) to our grid.
             convert = sys.modules[type(vit).__module__].checkpoint_filter_fn
             missing, unused = vit.load_state_dict(convert(state, vit), strict=False)
             odd = missing + [key for key in unused if key.startswith("blocks.")]
             if odd:
                 raise ValueError(f"{odd[0]} is only in one of them")
-        except Exception as error:
-            reason = str(error).rpartition("\n")[2].strip()[:120]
-            raise BadInput(f"{weights or repo} holds weights of another model: {reason}") from error
 
     def forward(self, images: Tensor) -> Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
@@ -595,11 +598,9 @@ class AutoencoderKL:
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
         self.tensors = dict(zip(names, state_dict.values(), strict=True))
-        try:  # one small image finds out whether a tensor is missing or does not fit
+        with explained(f"{path} holds no SD-VAE"):  # one small image finds out
             blank = self.tensors["quant_conv.weight"].new_zeros(1, 3, 16, 16)
             self.decode(self.encode(blank)[0])
-        except Exception as error:
-            raise BadInput(f"{path} holds no SD-VAE: {error}".partition("\n")[0]) from error
 
     def layer(self, name: str) -> tuple:
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
@@ -742,7 +743,7 @@ class FolderImages(torchvision.datasets.DatasetFolder):
 
     def __init__(self, folder: str, size: int):
         self.size, self.cache = size, None
-        try:
+        with explained(f"--data {folder} must hold images as class/*.jpg"):
             names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
             # A `train` beside folders that are no splits is a class called so.
             if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
@@ -750,16 +751,11 @@ class FolderImages(torchvision.datasets.DatasetFolder):
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
             for path, _ in self.samples[:: 1 + len(self) // 1000]:
                 Image.open(path).close()
-        except OSError as error:
-            raise BadInput(f"--data {folder} must hold images as class/*.jpg: {error}") from error
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
-        try:
-            with self.loader(path) as file:
-                crop = np.array(center_crop(to_rgb(file), self.size))
-        except Exception as error:
-            raise BadInput(f"{path} is no readable image ({error}): mend or remove it") from error
+        with explained(f"{path} is no readable image: mend or remove it"), Image.open(path) as file:
+            crop = np.array(center_crop(to_rgb(file), self.size))
         image = torch.from_numpy(crop).permute(2, 0, 1)
         if self.cache is None:
             return image, label
@@ -779,17 +775,15 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
             rows.append(torch.from_numpy(np.load(file)))
         except (OSError, ValueError, EOFError):
             rows.append(None)
-    if any(
-        row is None for row in rows
-    ):  # then the whole batch is encoded: other shapes round otherwise
+    missing = [k for k, row in enumerate(rows) if row is None]
+    if missing:  # the whole batch is encoded: other shapes round otherwise
         encoded = encode_images(run.vae, images).half().cpu()
         if not encoded.isfinite().all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
-        for k, file in enumerate(files):
-            if rows[k] is None:
-                rows[k] = encoded[k]
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-                np.save(file, encoded[k].numpy())
+        for k in missing:
+            rows[k] = encoded[k]
+            os.makedirs(os.path.dirname(files[k]), exist_ok=True)
+            np.save(files[k], encoded[k].numpy())
     return torch.stack(rows).to(run.device, non_blocking=True).float()
 
 
@@ -959,14 +953,11 @@ def save(run: Run) -> None:
     milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
-        try:
+        with explained(f"cannot save {path}: make room, then type the same command"):
             torch.save(state, beside)
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(beside, path)
-        except (OSError, RuntimeError) as error:
-            beside.unlink(missing_ok=True)
-            raise BadInput(f"cannot save {path} ({error}): make room, type it again") from error
 
 
 def preview(run: Run, sampler) -> None:

@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "golden")]
 
-QUICK = ("config", "data", "form", "method", "model", "objective", "sampler")  # others are slow
+QUICK = ("config", "data", "fid", "form", "method", "model", "objective", "sampler")
+SLOW = {"folder", "quick", "vae_file"}  # but not what asks for these fixtures
 
 
 def pytest_configure(config):
@@ -26,7 +27,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem.removeprefix("test_") not in QUICK:
+        if item.path.stem.removeprefix("test_") not in QUICK or SLOW & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
 
