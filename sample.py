@@ -39,7 +39,6 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from maskalign import (
-    SIZES,
     BadInput,
     Config,
     build_model,
@@ -128,8 +127,9 @@ def load_checkpoint(
     """The network of a checkpoint, in eval mode, and its config.
 
     raw: the trained weights in place of their average (EMA). num_heads is only needed for a
-    published file of none of our SIZES: shapes do not tell it. Raises BadInput for other files
-    (but a DiT has the same shapes as the original SiT: it would load and give noise)."""
+    published file of none of our SIZES: shapes do not tell it. kind, build_model: a fork's own.
+    Raises BadInput for other files (but a DiT has the same shapes as the original SiT, and a fork
+    may have those of ours: without its keywords they would load and give noise)."""
     # REPA's and REG's files carry their command line as argparse.Namespace, a plain container.
     with torch.serialization.safe_globals([argparse.Namespace]):
         saved = read_weights(str(path))
@@ -141,11 +141,11 @@ def load_checkpoint(
     state = from_official(state)
     if wrapped and isinstance(saved.get("config"), dict):
         known = {field.name for field in dataclasses.fields(kind)}  # a fork's file may have more
-        config = kind(**{name: saved["config"][name] for name in known & saved["config"].keys()})
+        config = kind(**{key: saved["config"][key] for key in known & saved["config"].keys()})
     else:
         state, config = from_published(state, path, num_heads, kind)
 
-    # Sampling needs no projector: a fork's, which is another than REPA's, is left out.
+    # Sampling needs no projector: one that is not of this network, as a fork's, is left out.
     model = build_model(config)
     if projector_shapes(state) != projector_shapes(model.state_dict()):
         state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
@@ -187,7 +187,7 @@ def from_published(state: dict, path: str, num_heads: int, kind: type) -> tuple[
         out_dim = len(state["final_layer.linear.weight"])
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise BadInput(f"{path} holds no checkpoint of SiT, REPA or REG ({error})") from error
-    rows = {(row["hidden_size"], row["depth"]): row for row in SIZES.values()}
+    rows = {(row["hidden_size"], row["depth"]): row for row in kind.sizes.values()}
     row = rows.get((dim, depth), {})
     if not (num_heads or row):
         found = f"{path} has width {dim} and depth {depth}, none of our sizes"
@@ -254,7 +254,7 @@ GROUP = 16  # on CPU the network always sees images 16 k to 16 k + 15 together
 
 @dataclasses.dataclass
 class Job:
-    """What a drawing needs: run fills it."""
+    """What is asked for, and what draws it: run fills it."""
 
     args: argparse.Namespace
     config: Config
@@ -278,12 +278,13 @@ def sample_images(job: Job, indices: range, label_of) -> np.ndarray:
     Each image has a random stream of its own: label, latent, class token, then the SDE's noise."""
     args, config, device = job.args, job.config, job.device
     streams = [seeded("cpu", "image", args.seed, i) for i in indices]
-    drawn = [int(torch.randint(config.num_classes, (), generator=g)) for g in streams]
-    asked = [label_of(i) for i in indices]
-    labels = [k if k >= 0 else random for k, random in zip(asked, drawn, strict=True)]
+    # A label is drawn in any case: so an image has the same noise whatever its class.
+    labels = [int(torch.randint(config.num_classes, (), generator=g)) for g in streams]
+    for row, i in enumerate(indices):
+        if label_of(i) >= 0:
+            labels[row] = label_of(i)
 
-    randn_like = functools.partial(randn_of, streams)
-    n = len(indices)
+    n, randn_like = len(indices), functools.partial(randn_of, streams)
     x = randn_like(torch.empty(n, *config.latent_shape, device=device))
     cls = randn_like(torch.empty(n, config.z_dim, device=device)) if config.class_token else None
     with torch.autocast(device.type, torch.bfloat16, enabled=args.fast):
@@ -306,9 +307,8 @@ def in_batches(job: Job, first: int, last: int, label_of) -> np.ndarray:
     """Images first..last - 1 as sample_images. Whole groups are computed, on CPU one at a time: so
     an image is always computed beside the same others, and its bytes never change."""
     start, stop = first // GROUP * GROUP, -(-last // GROUP) * GROUP
-    size = GROUP
-    if job.device.type == "cuda":
-        size = max(GROUP, job.args.batch_size // GROUP * GROUP)
+    groups = 1 if job.device.type == "cpu" else max(1, job.args.batch_size // GROUP)
+    size = groups * GROUP
     batches = [range(i, min(i + size, stop)) for i in range(start, stop, size)]
     images = [sample_images(job, batch, label_of) for batch in batches]
     return np.concatenate(images)[first - start : last - start]
@@ -349,8 +349,8 @@ def draw_trajectory(job: Job, classes: list) -> Tensor:
     hook = job.model.register_forward_pre_hook(note)
     final = sample_images(job, range(GROUP), lambda i: classes[i % len(classes)])
     hook.remove()
-    path = list(states.values())
-    kept = [path[round(i)] for i in np.linspace(0, len(path) - 1, 8)]
+    visited = list(states.values())
+    kept = [visited[round(i)] for i in np.linspace(0, len(visited) - 1, 8)]
     frames = [decode_latents(job.vae, state).cpu() for state in kept]
     frames.append(torch.from_numpy(final).permute(0, 3, 1, 2))
     return torch.stack([frame[: len(classes)] for frame in frames], dim=1).flatten(0, 1)
@@ -381,10 +381,9 @@ def write_many(job: Job, protocol: dict) -> Path:
     if job.world_size > 1:
         dist.barrier()
     shards = [work / f"{k:06d}.npy" for k in range(-(-args.num // SHARD))]
-    missing = [k for k, shard in enumerate(shards) if not shard.exists()]
-    if job.world_size > 1:  # only now: else a fast rank's first shard would shift another's share
-        dist.barrier()
-    for k in tqdm(missing[job.rank :: job.world_size], f"shards of {SHARD}", disable=job.rank > 0):
+    mine = range(job.rank, len(shards), job.world_size)  # whatever the others have done by now
+    missing = [k for k in mine if not shards[k].exists()]
+    for k in tqdm(missing, f"shards of {SHARD}", disable=job.rank > 0):
         write_shard(job, k, shards[k])
     if job.rank == 0:
         while not all(shard.exists() for shard in shards):  # a barrier would time out in minutes
@@ -413,7 +412,7 @@ def write_shard(job: Job, k: int, shard: Path) -> None:
     if args.png:
         for i, image in enumerate(images, start=first):
             Image.fromarray(image).save(shard.with_name(f"{i:06d}.png"))
-        images = images[:0]  # the mark of a finished shard
+        images = images[:0]  # an empty shard marks them as done
     with whole_file(shard) as file:
         np.save(file, images)
 
@@ -544,8 +543,7 @@ def run(
 ) -> Path:
     """What the command line asks for; returns the path that was, or is being, written."""
     rank, world_size, device = setup_distributed()
-    known = dict(kind=kind, build_model=build_model)
-    model, config = load_checkpoint(args.checkpoint, args.raw, **known)
+    model, config = load_checkpoint(args.checkpoint, args.raw, kind=kind, build_model=build_model)
     config = dataclasses.replace(config, vae_weights=args.vae_weights or config.vae_weights)
     classes = parse_classes(args.classes, config)
     vae, sampler = build_vae(config, device), samplers[args.sampler]
@@ -578,13 +576,13 @@ def run(
 def main(*, kind=Config, build_model=build_model, samplers=SAMPLERS) -> None:
     """Samples from the command line; bad input ends it with one sentence. A fork hands in its own
     kind of Config, build_model(config), or samplers by name, each called as euler_maruyama."""
+    name = Path(sys.argv[0]).name
     try:
         args = parse_args(samplers=samplers)
         run(args, kind=kind, build_model=build_model, samplers=samplers)
     except BadInput as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{name}: {error}")
     except OSError as error:
-        name = Path(sys.argv[0]).name
         sys.exit(f"{name}: cannot write: {error}; finished shards stay, run again to go on")
 
 

@@ -22,6 +22,7 @@ def run_script(script, argv, shown, environment, before):
     """What the new process does; its stdout and stderr go to the two files `shown`."""
     for number, path in enumerate(shown, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    multiprocessing.set_start_method(None, force=True)  # data workers start as ever, not as we did
     os.environ.update(environment)
     sys.argv = [script, *argv]
     if before:

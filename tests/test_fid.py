@@ -125,6 +125,7 @@ def assert_pair(found, pair, sample):
     gold = GOLD["pairs"][pair]
     assert found["fid"] == pytest.approx(gold["FID"], rel=2e-5)
     assert found["sfid"] == pytest.approx(gold["sFID"], rel=2e-5)
+    # Counts: exact, as no point lies nearer to a ball's edge than 2.6e-3 of its radius.
     assert (found["precision"], found["recall"]) == (gold["precision"], gold["recall"])
     score = GOLD["inception_score"][sample]["split_5000"]
     assert found["inception_score"] == pytest.approx(score, rel=5e-5)

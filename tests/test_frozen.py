@@ -36,11 +36,14 @@ def vae_weights(vae_file):
 @pytest.mark.golden
 def test_teacher_tokens_equal_the_official_ones(dino_file):
     teacher, x = ViTTeacher(NAME, 16, dino_file).double().eval(), inputs(DINO)
-    assert_golden(teacher.vit.pos_embed, DINO, "pos_embed_resampled")
+    # Positions are resampled in float32: without AVX2 they are 1.3e-7 of the largest off, not 0.
+    positions = dict(rounding=5e-7)
+    assert_golden(teacher.vit.pos_embed, DINO, "pos_embed_resampled", **positions)
     with torch.no_grad():
-        assert_golden(teacher.vit.forward_features(x["pixels"]), DINO, "forward_features")
+        found = teacher.vit.forward_features(x["pixels"])
+        assert_golden(found, DINO, "forward_features", **positions)
         tokens = teacher(x["image_u8"].to(torch.uint8))  # 256 px: normalise, bicubic to 224
-        assert_golden(tokens, DINO, "image_features")
+        assert_golden(tokens, DINO, "image_features", **positions)
     assert tokens.shape == (1, 257, 384) == (1, 1 + 16**2, teacher.dim)
 
 

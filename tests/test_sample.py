@@ -1,6 +1,7 @@
 """sample.py: bytes that depend on (seed, index) alone, runs that go on, and published weights."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -12,30 +13,34 @@ from golden_cases import CASES, assert_golden, ids, inputs, weights
 from PIL import Image
 from processes import start_ranks
 from test_sampler import replay
-from test_training import TINY
+from torch import nn
 
 import maskalign
 import sample
-from maskalign import BadInput, Config, build_model, make_config, patchify
+from maskalign import BadInput, Config, SiT, build_model, make_config, patchify
 from sample import euler_maruyama, euler_ode
+
+TINY = dict(hidden_size=32, num_heads=2, depth=3, align_depth=2, projector_dim=16)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny run of ours: weights with values, as after training, and class names."""
-    config = make_config(
-        **{**TINY, "out": "x"}, num_classes=8, z_dim=64, class_names=tuple(maskalign.SHAPES)
-    )
-    model, path = build_model(config), tmp_path_factory.mktemp("run") / "latest.pt"
+    names = tuple(maskalign.SHAPES)
+    config = make_config(**TINY, num_classes=8, z_dim=64, class_names=names)
+    path = tmp_path_factory.mktemp("run") / "latest.pt"
+    return save(build_model(config), config, path)
+
+
+def save(model, config, path):
+    """A checkpoint as a run of maskalign.py writes it, with made-up weights."""
     generator = torch.Generator().manual_seed(0)
     state = {
         name: 0.2 * torch.randn(p.shape, generator=generator)
         for name, p in model.state_dict().items()
     }
     raw = {name: value + 0.05 for name, value in state.items()}
-    torch.save(
-        dict(model=raw, ema=state, step=1, config=maskalign.dataclasses.asdict(config)), path
-    )
+    torch.save(dict(model=raw, ema=state, step=1, config=dataclasses.asdict(config)), path)
     return path
 
 
@@ -151,6 +156,23 @@ def test_a_finished_run_is_not_done_again(checkpoint, tmp_path, monkeypatch):
             assert run(checkpoint, "--num=8", target) == path
     with pytest.raises(BadInput, match="png holds images of other settings"):
         run(checkpoint, "--num=4", f"--png={tmp_path}/png")  # old files would stay among the new
+
+
+def test_images_of_other_settings_are_never_passed_off_as_the_new_ones(
+    checkpoint, tmp_path, monkeypatch
+):
+    """A kill while the new npz is joined leaves the old one there, but no record of it."""
+    run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
+    join = SimpleNamespace(ZipFile=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    again = ("--num=8", "--seed=1", f"--out={tmp_path}/x.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "zipfile", join)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, *again)
+    assert (tmp_path / "x.npz").exists() and not (tmp_path / "x.json").exists()
+    found = images_of(run(checkpoint, *again))
+    other = run(checkpoint, "--num=8", "--seed=1", f"--out={tmp_path}/other.npz")
+    assert np.array_equal(found, images_of(other))
 
 
 def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_path):
@@ -275,6 +297,92 @@ def test_sras_training_head_is_left_out(tmp_path):
     assert not model.projectors and config.align_coeff == 0.0 and len(model.blocks) == 4
     weight = dict(weights(case))["blocks.3.attn.qkv.weight"]
     assert torch.equal(model.blocks[3].attn.qkv.weight.double(), weight.float().double())
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkConfig(Config):
+    """What a fork adds: a method of its name, settings that sample.py does not know."""
+
+    method: str = maskalign.setting("fork")
+    tau: int = maskalign.setting(250_000, "a setting of its own")
+    levels: tuple = maskalign.setting(((1, 2), (3, 4)))
+
+
+def fork_file(path, projector, **changes):
+    """A checkpoint of a fork with another projector than REPA's, and its config."""
+    options = TINY | dict(num_classes=8, z_dim=64, class_names=tuple(maskalign.SHAPES)) | changes
+    config = make_config(ForkConfig, **options)
+    model = build_model(config)
+    model.projectors = nn.ModuleList(projector)
+    return save(model, config, path), config
+
+
+def repas_projector(hidden=16):
+    first = [nn.Linear(32, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
+    return nn.Sequential(*first, nn.Linear(hidden, 64))
+
+
+def test_a_fork_with_a_projector_as_repas_keeps_it(tmp_path):
+    """As HASTE: the network is REPA's, the config has more fields."""
+    path, _ = fork_file(tmp_path / "latest.pt", [repas_projector()], align_coeff=0.3)
+    model, config = sample.load_checkpoint(path)
+    assert type(config) is Config and config.method == "fork" and config.align_coeff == 0.3
+    saved = torch.load(path, weights_only=True)["ema"]
+    assert model.state_dict().keys() == saved.keys() and "projectors.0.4.weight" in saved
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [
+        [nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 32))],  # SRA's
+        [nn.Conv2d(32, 64, 3, padding=1)],  # iREPA's
+        [repas_projector(hidden=24)],
+        [repas_projector(), repas_projector()],
+        [],
+    ],
+    ids=["two_layers", "convolution", "other_width", "two_teachers", "none"],
+)
+def test_a_fork_with_another_projector_is_drawn_without_it(projector, tmp_path):
+    path, _ = fork_file(tmp_path / "latest.pt", projector)
+    model, config = sample.load_checkpoint(path)
+    assert config.align_coeff == 0.0 and not model.projectors
+    saved = torch.load(path, weights_only=True)["ema"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert run(path, "--classes=star", "--per_class=1") == tmp_path / "grid.png"
+
+
+def test_a_fork_draws_with_its_own_config_network_and_sampler(tmp_path, monkeypatch, capsys):
+    class Fork(SiT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain = nn.Parameter(torch.ones(()))
+            self.tau = config.tau
+
+    def own_sampler(model, x, y, cls=None, **options):
+        seen.append((type(model), model.tau, x.shape, options["num_steps"]))
+        return torch.ones_like(x)
+
+    names = tuple(maskalign.SHAPES)
+    config = make_config(ForkConfig, **TINY, num_classes=8, class_names=names, z_dim=64, tau=7)
+    path, seen = save(Fork(config), config, tmp_path / "latest.pt"), []
+    with pytest.raises(BadInput, match="does not fit the network it describes.*gain"):
+        sample.load_checkpoint(path)
+    model, config = sample.load_checkpoint(path, kind=ForkConfig, build_model=Fork)
+    assert type(config) is ForkConfig and config.levels == ((1, 2), (3, 4)) and model.projectors
+
+    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--num=3", f"--out={tmp_path}/x.npz"])
+    sample.main(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
+    assert seen == [(Fork, 7, (16, 3, 24, 24), 250)]
+    assert "method fork" in (shown := capsys.readouterr().out) and "sampler own" in shown
+    assert (images_of(tmp_path / "x.npz") == 191).all()  # 1 in the latents is 0.5 in [-1, 1]
+    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--steps=0"])
+    with pytest.raises(SystemExit, match="^fork.py: steps is 0"):
+        sample.main(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
+    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--sampler=sde"])
+    with pytest.raises(SystemExit):
+        sample.main(samplers=dict(own=own_sampler))
+    assert "invalid choice: 'sde'" in capsys.readouterr().err
 
 
 def test_published_sizes_are_recognised_by_their_shapes(tmp_path):
