@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import itertools
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +158,15 @@ def test_it_is_at_most_130_lines_and_no_copy_of_maskalign(fork):
 
     copied = runs_of_six(fork.path.read_text()) & runs_of_six(Path(maskalign.__file__).read_text())
     assert not copied
+
+
+def test_the_page_on_forks_tells_its_length_and_the_functions_it_hands_over(fork):
+    rows = Path(fork.path.parent, "README.md").read_text().splitlines()
+    for row in [row for row in rows if row.startswith(f"| [`{fork.name}.py`]")]:
+        _, _, _, functions, lines, _ = row.split("|")
+        assert int(lines) == len(fork.path.read_text().splitlines())
+        handed = re.findall(r"(\w+)=\w+,\n", fork.path.read_text().partition("def train(")[2])
+        assert re.findall(r"`(\w+)`", functions) == [name for name in handed if name != "signals"]
 
 
 def test_it_patches_nothing(fork):
@@ -553,7 +563,7 @@ def test_xar_learns_a_sign_that_all_cells_share():
     sit, run = xar.build_model(config), Run(config)
     optimizer = torch.optim.AdamW(sit.parameters(), lr=3e-3)
     y = torch.zeros(64).long()
-    for step in range(300):
+    for step in range(200):
         drawn = xar.draw_step(run, seeded("cpu", "test", step))
         signs = drawn.pop("eps")[:, :1, :1, :1].sign()
         x = signs.expand(64, 3, 4, 4)
