@@ -173,8 +173,8 @@ def make_config(kind: type = Config, /, **typed) -> Config:
         merged |= table[merged[name]]
     c = kind(**(merged | typed))
     for field in dataclasses.fields(c):
-        value, rule = getattr(c, field.name), field.metadata["rule"]
-        if type(value) in (int, float):
+        value, rule = getattr(c, field.name), field.metadata.get("rule")
+        if rule and type(value) in (int, float):
             require(c, field.name, RULES[rule](value), rule)
     unit = c.patch_size * (1 if c.vae == "none" else 8)
     rule = f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"
@@ -191,11 +191,12 @@ def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
     for field in dataclasses.fields(kind):
-        shown = f"{field.metadata['note']} [{field.default}]".replace("%", "%%")
+        note = field.metadata.get("note")
+        shown = f"{note} [{field.default}]".replace("%", "%%")
         how = dict(default=argparse.SUPPRESS, help=shown, type=field.type)
         if field.type is bool:
             how |= dict(action=argparse.BooleanOptionalAction)
-        if field.metadata["note"]:
+        if note:
             parser.add_argument(f"--{field.name}", **how)
     return make_config(kind, **vars(parser.parse_args(argv)))
 
@@ -769,12 +770,10 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
     """Mean and std of a batch's latents (N, 2C, h, w), read from one file for each image. Those
     without are encoded and written, as float16: what is written is what is used. A file cut short
     by a kill counts as none, and processes and machines can share them."""
-    rows = []
-    for file in files:
-        try:
-            rows.append(torch.from_numpy(np.load(file)))
-        except (OSError, ValueError, EOFError):
-            rows.append(None)
+    rows, (channels, h, w) = [None] * len(files), run.config.latent_shape
+    for k, file in enumerate(files):
+        with contextlib.suppress(Exception):  # missing, or damaged
+            rows[k] = torch.from_numpy(np.load(file)).view(2 * channels, h, w)
     missing = [k for k, row in enumerate(rows) if row is None]
     if missing:  # the whole batch is encoded: other shapes round otherwise
         encoded = encode_images(run.vae, images).half().cpu()
@@ -869,7 +868,7 @@ def resume(run: Run) -> None:
     saved = read_weights(str(path))
     for field in dataclasses.fields(config):
         old, new = saved["config"].get(field.name), getattr(config, field.name)
-        if old != new and not field.metadata["free"]:
+        if old != new and not field.metadata.get("free"):
             changed = f"{field.name} {old} there, {new} here"
             raise BadInput(f"{path} has other settings ({changed}): name another --out")
     for name in ("model", "ema", "optimizer"):
@@ -1008,7 +1007,8 @@ def train(
             dist.all_reduce(stop)  # by gloo, on the CPU: all ranks stop together
         last, stopped = run.step == config.steps, stop > 0
         logs = last or run.step % config.log_every == 0
-        saves = last or stopped or run.step % config.save_every == 0
+        milestone = run.step % config.milestone_every == 0
+        saves = last or stopped or milestone or run.step % config.save_every == 0
         if logs:
             report(run, config.batch_size * (run.step - first) / (time.time() - tick))
             first, tick = run.step, time.time()
@@ -1018,6 +1018,8 @@ def train(
             save(run)
         if run.rank == 0 and (last or run.step % config.sample_every == 0):
             preview(run, sampler)
+        if stopped and run.rank == 0:
+            tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
         if stopped:
             break
 
