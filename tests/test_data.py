@@ -1,7 +1,9 @@
 """Data: shapes, crops, folders as they are found in the wild, and latents that keep themselves."""
 
+import copy
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import maskalign
 from maskalign import (
     BadInput,
     FolderImages,
-    Latents,
     Run,
+    build_model,
+    build_teacher,
     build_vae,
     center_crop,
     demo_shapes,
@@ -22,7 +25,7 @@ from maskalign import (
     index_batches,
     keep_latents,
     make_config,
-    open_latents,
+    set_up,
 )
 
 
@@ -130,7 +133,7 @@ def test_pixels_of_unknown_range_are_refused_with_one_sentence(mode, dtype, tmp_
     ramp_file(tmp_path / "only" / "x.tif", dtype, mode, top=1)
     images = FolderImages(str(tmp_path), 16)
     with pytest.raises(
-        BadInput, match="x.tif has pixels of unknown range: save it with 8 or 16 bits"
+        BadInput, match="x.tif is no readable .*range is unknown: save it with 8 or 16"
     ):
         images[0]
 
@@ -228,8 +231,8 @@ def test_the_stream_goes_on_where_it_stopped():
 
 
 @pytest.fixture(scope="module")
-def vae(vae_file):
-    return build_vae(make_config(data="x", vae_weights=vae_file), "cpu")
+def vae(small_vae_file):
+    return build_vae(make_config(data="x", vae_weights=small_vae_file), "cpu")
 
 
 @pytest.fixture
@@ -245,115 +248,125 @@ def encoded(monkeypatch):
     return calls
 
 
-def run_on(folder, vae, **typed):
-    """What a run knows of its data; the latents lie in FOLDER-latents."""
-    config = make_config(data=str(folder), image_size=16, **typed)
-    dataset = FolderImages(config.data, 16)
-    dataset.latents = open_latents(config, dataset, vae)
+def run_on(folder, vae, size=16):
+    """What a run knows of its data; the latents lie in a folder beside them."""
+    config = make_config(data=str(folder), image_size=size)
+    dataset = FolderImages(config.data, size)
+    dataset.cache = os.path.join(os.path.dirname(folder), "latents")
     return Run(config, dataset=dataset, vae=vae)
 
 
 def load(run, ids):
-    """(images, ids, rows) as a loader hands them over."""
-    images, _, ids, rows = default_collate([run.dataset[i] for i in ids])
-    return images, ids, rows
+    """(images, files of their latents), as a loader hands them over."""
+    images, _, files = default_collate([run.dataset[i] for i in ids])
+    return images, files
 
 
 def test_latents_are_written_when_first_seen_and_read_from_then_on(tmp_path, vae, encoded):
+    folder = make_folder(tmp_path / "data")
+    run = run_on(folder, vae)
+    images, files = load(run, [4, 0, 2])
+    first = keep_latents(run, images, files)
+    assert first.dtype == torch.float32 and first.shape == (3, 8, 2, 2) and encoded == [3]
+    assert torch.equal(first, encode_images(vae, images).half().float())
+
+    run = run_on(folder, vae)
+    again = keep_latents(run, *load(run, [2, 0, 4]))
+    assert torch.equal(again, first.flip(0)) and encoded == [3]
+    for file, row in zip(files, first, strict=True):
+        kept = np.load(file)
+        assert kept.dtype == np.float16 and np.array_equal(kept, row.numpy())
+    assert len(list((tmp_path / "latents").rglob("*.npy"))) == 3
+
+
+def test_a_file_whose_writing_was_killed_is_written_again_and_no_other(tmp_path, vae, encoded):
+    """In a batch of the same images: so its numbers are the same, too."""
     run = run_on(make_folder(tmp_path / "data"), vae)
-    images, ids, rows = load(run, [4, 0, 2])
-    assert not rows.any() and rows.dtype == torch.float16 and rows.shape == (3, 8, 2, 2)
-    first = keep_latents(run, images, ids, rows)
-    assert torch.equal(first, encode_images(vae, images).half()) and encoded == [3]
+    images, files = load(run, range(6))
+    whole = keep_latents(run, images, files)
+    before = [(Path(file).read_bytes(), os.stat(file).st_mtime_ns) for file in files]
+    length = len(before[3][0])
+    for written in (0, 1, 7, 60, length - 64, length - 1):  # bytes that reached the disk
+        os.truncate(files[3], written)
+        assert torch.equal(keep_latents(run, images, files), whole)
+        after = [(Path(file).read_bytes(), os.stat(file).st_mtime_ns) for file in files]
+        assert after[3][0] == before[3][0] and after[:3] + after[4:] == before[:3] + before[4:]
+    os.remove(files[3])
+    assert torch.equal(keep_latents(run, images, files), whole)
+    assert encoded == [6] * 8
 
-    images, ids, rows = load(run_on(tmp_path / "data", vae), [4, 0, 2])
-    assert torch.equal(rows, first)  # what was used is what was written, to the bit
-    assert torch.equal(keep_latents(run, images, ids, rows), first) and encoded == [3]
-    assert run.dataset.latents.path.parent == tmp_path / "data-latents"
-    assert run.dataset.latents.path.stat().st_size == 6 * 2 * 8 * 2 * 2
 
-
-def test_a_row_whose_writing_was_killed_is_encoded_again_and_no_other(tmp_path, vae, encoded):
+def test_what_another_process_wrote_is_what_is_used(tmp_path, vae):
     run = run_on(make_folder(tmp_path / "data"), vae)
-    whole = keep_latents(run, *load(run, range(6)))
-    latents = run.dataset.latents
-    good = latents.path.read_bytes()
-    for written in (0, 1, 40, 62):  # bytes of row 3 that reached the disk
-        torn = bytearray(good)
-        torn[3 * 64 + written : 4 * 64] = bytes(64 - written)
-        latents.path.write_bytes(torn)
-        assert torch.equal(keep_latents(run, *load(run, range(6))), whole)
-        assert latents.path.read_bytes() == good
-    assert encoded == [6] * 5
-
-
-def test_what_another_process_wrote_meanwhile_is_what_is_used(tmp_path, vae):
-    run = run_on(make_folder(tmp_path / "data"), vae)
-    images, ids, rows = load(run, [1, 2])
-    theirs = torch.full((8, 2, 2), 0.5, dtype=torch.float16)
-    run_on(tmp_path / "data", vae).dataset.latents.write(2, theirs)
-    kept = keep_latents(run, images, ids, rows)
+    images, files = load(run, [1, 2])
+    theirs = torch.full((8, 2, 2), 0.5)
+    os.makedirs(os.path.dirname(files[1]))
+    np.save(files[1], theirs.half().numpy())
+    kept = keep_latents(run, images, files)
     assert torch.equal(kept[1], theirs) and not torch.equal(kept[0], theirs)
-    assert torch.equal(run.dataset.latents.read(1), kept[0])
-    assert torch.equal(run.dataset.latents.read(2), theirs)
+    assert np.array_equal(np.load(files[1]), theirs) and np.array_equal(np.load(files[0]), kept[0])
 
 
-def test_an_image_that_comes_twice_in_a_batch_has_one_row(tmp_path, vae):
+def test_an_image_that_comes_twice_in_a_batch_has_one_file(tmp_path, vae):
     run = run_on(make_folder(tmp_path / "data"), vae)
-    kept = keep_latents(run, *load(run, [5, 5]))
-    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], run.dataset.latents.read(5))
+    images, files = load(run, [5, 5])
+    kept = keep_latents(run, images, files)
+    assert files[0] == files[1] and torch.equal(kept[0], kept[1])
 
 
-def test_other_images_crop_or_vae_have_another_file(tmp_path, vae, vae_file):
+def test_another_image_or_crop_has_another_file(tmp_path, vae):
     folder = tmp_path / "data"
     make_folder(folder)
 
-    def name(vae=vae, size=16):
-        config = make_config(data=str(folder), image_size=size)
-        return open_latents(config, FolderImages(str(folder), size), vae).path.name
+    def name(size=16, index=0):
+        return run_on(folder, vae, size).dataset[index][2]
 
     first = name()
     assert name() == first and name(size=32) != first
-    other_vae = build_vae(make_config(data="x", vae_weights=vae_file), "cpu")
-    other_vae.tensors["quant_conv.bias"] = other_vae.tensors["quant_conv.bias"] + 1
-    assert name(other_vae) != first
+    assert len({name(index=i) for i in range(6)}) == 6
 
     image, before = folder / "cat" / "0.png", os.stat(folder / "cat" / "0.png")
-    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
     assert name() != first  # replaced under the same name, later
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert name() == first
     with open(image, "ab") as file:
         file.write(b"\0")
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert name() != first  # another size
+    assert name() != first  # another length
     os.rename(image, folder / "cat" / "9.png")
-    assert name() != first
+    assert name(index=2) != first
 
 
-def test_a_folder_that_moved_finds_its_latents(tmp_path, vae):
-    folder, cache = make_folder(tmp_path / "here"), str(tmp_path / "cache")
-    first = run_on(folder, vae, cache=cache)
-    keep_latents(first, *load(first, range(6)))
-    shutil.move(folder, tmp_path / "there")
-    moved = run_on(tmp_path / "there", vae, cache=cache)
-    assert moved.dataset.latents.path == first.dataset.latents.path
-    assert load(moved, range(6))[2][:, -1, -1, -1].all()
+def test_another_vae_has_another_folder(tmp_path, small_vae_file):
+    folder = make_folder(tmp_path / "data")
+    state = torch.load(small_vae_file, weights_only=True)
+    state["quant_conv.bias"] += 1e-3
+    torch.save(state, tmp_path / "other.pth")
+    folders = []
+    for path in (small_vae_file, str(tmp_path / "other.pth"), small_vae_file):
+        small = dict(
+            image_size=16, depth=1, align_depth=1, hidden_size=32, num_heads=2, method="sit"
+        )
+        config = make_config(data=folder, vae_weights=path, **small)
+        folders.append(set_up(config, build_model, build_teacher).dataset.cache)
+    assert folders[0] == folders[2] != folders[1]
+    assert {os.path.dirname(path) for path in folders} == {str(tmp_path / "data-latents")}
 
 
-def test_a_file_of_latents_takes_no_room_before_it_is_filled(tmp_path):
-    latents = Latents(tmp_path / "new" / "rows.f16", 10**6, (8, 32, 32))
-    stat = latents.path.stat()
-    assert stat.st_size == 10**6 * 2 * 8 * 32 * 32 and stat.st_blocks * 512 < 10**6
-    row = torch.randn(8, 32, 32).half()
-    latents.write(999_999, row)
-    assert torch.equal(latents.read(999_999), row) and not latents.read(0).any()
-    assert latents.path.stat().st_size == stat.st_size
+def test_a_folder_that_moved_finds_its_latents(tmp_path, vae, encoded):
+    run = run_on(make_folder(tmp_path / "here"), vae)
+    first = keep_latents(run, *load(run, range(6)))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    run = run_on(tmp_path / "there", vae)
+    assert torch.equal(keep_latents(run, *load(run, range(6))), first) and encoded == [6]
 
 
-def test_a_file_cut_short_is_lengthened_and_keeps_its_rows(tmp_path):
-    path, row = tmp_path / "rows.f16", torch.randn(2, 1, 1).half()
-    Latents(path, 5, (2, 1, 1)).write(1, row)
-    os.truncate(path, 10)  # in the middle of the third row
-    latents = Latents(path, 5, (2, 1, 1))
-    assert torch.equal(latents.read(1), row) and not latents.read(4).any()
+def test_latents_that_are_not_finite_are_not_kept(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    run.vae = copy.copy(vae)
+    run.vae.tensors = dict(vae.tensors)
+    run.vae.tensors["quant_conv.bias"] = vae.tensors["quant_conv.bias"] + 1e6  # no float16 holds it
+    with pytest.raises(BadInput, match="gives latents that are not finite: name another"):
+        keep_latents(run, *load(run, [0, 1]))
+    assert not list((tmp_path / "latents").rglob("*.npy"))

@@ -1,4 +1,4 @@
-"""The form of the files: short functions, short lines, and one chapter that is read in an evening."""
+"""The form of the files: short functions, short lines, one chapter to read in an evening."""
 
 import ast
 from pathlib import Path

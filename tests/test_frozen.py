@@ -169,14 +169,10 @@ def test_dinov2_with_registers_is_read_from_metas_names(tmp_path):
         torch.testing.assert_close(value, timms[key])
 
 
-def test_a_teacher_without_class_token_is_refused(tmp_path):
+def test_a_teacher_without_class_token_is_refused():
     name = "vit_base_patch16_siglip_224"
-    vit = maskalign.timm.create_model(name, img_size=64, num_classes=0)
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(
-        BadInput, match="'vit_base_patch16_siglip_224' is no ViT of timm with a class token"
-    ):
-        ViTTeacher(name, 4, str(tmp_path / "vit.pth"))
+    with pytest.raises(BadInput, match=f"'{name}' is no ViT of timm with a class token"):
+        ViTTeacher(name, 4, "its weights are not asked for.pth")
 
 
 def test_any_timm_vit_can_teach(tmp_path):
@@ -267,7 +263,7 @@ def test_a_file_cut_short_is_refused_in_every_format(kind, share, tmp_path):
     path = write_as(kind, {"weight": torch.randn(50, 50)}, tmp_path / "w.pth")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(BadInput, match="cannot read .*/w.*: is it another file") as caught:
+    with pytest.raises(BadInput, match="cannot read .*/w[.]") as caught:
         read_weights(str(path))
     assert "\n" not in str(caught.value) and "delete" not in str(caught.value)
 
