@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +26,6 @@ import re
 import signal
 import sys
 import time
-import urllib.request
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -217,7 +217,8 @@ class Run:
     ema: nn.Module | None = None  # running average of the weights
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # steps done
-    sums: dict = dataclasses.field(default_factory=dict)  # for the next line of the log
+    sums: dict = dataclasses.field(default_factory=dict)  # of the losses since the last log line
+    log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
 
 
 def seeded(device, *key) -> torch.Generator:
@@ -512,14 +513,10 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
     advice = f": run once with internet, or pass {flag} FILE" if flag else ""
     with explained(f"cannot read {name}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
-        if not path:  # ask once ourselves: offline, the hub's own client tries again for 45 s
-            urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
-            path = huggingface_hub.hf_hub_download(repo, filename)
+        path = path or huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         zipped = zipfile.is_zipfile(path)  # before torch 1.6 files were none, and cannot be mapped
-        if zipped and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
-            raise ValueError("a part of it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
@@ -529,33 +526,30 @@ class ViTTeacher(nn.Module):
 
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
-        tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
-        arch, how = ("vit_tiny_patch16_224", tiny) if name == "classifier" else (name, {})
-        known = f"{Config.teacher}, or classifier"
-        with explained(f"teacher {name!r} is no ViT of timm with a class token: try {known}"):
+        arch, how = name, {}
+        if name == "classifier":
+            arch = "vit_tiny_patch16_224"
+            how = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
+        with explained(f"teacher {name!r} is no ViT of timm with a class token"):
             patch = how.get("patch_size") or int(re.search(r"vit_.*patch(\d+)", arch)[1])
             self.size = grid * patch
             self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **how)
             if self.vit.cls_token is None or isinstance(self.vit.norm, nn.Identity):
                 raise ValueError("no class token, or no last norm")
+        source = self.vit.pretrained_cfg
         if name != "classifier":
-            self.load(weights)
-        self.dim, source = self.vit.num_features, self.vit.pretrained_cfg
+            repo = source["hf_hub_id"]
+            state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
+            with explained(f"{weights or repo} holds weights of another model"):
+                # From timm's or Meta's names; positions are resampled to our grid.
+                convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
+                state = convert(state, self.vit)
+                missing = self.vit.load_state_dict(state, strict=False).missing_keys
+                if missing:  # it would stay random; what the file has beside (a head) may be left
+                    raise ValueError(f"{missing[0]} is not in it")
+        self.dim = self.vit.num_features
         constants = torch.tensor([source["mean"], source["std"]], dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
-
-    def load(self, weights: str) -> None:
-        """Reads timm's names or the authors'; every tensor of ours must be in the file, and every
-        block of the file be ours. Its heads and mask token are left out."""
-        repo, vit = self.vit.pretrained_cfg["hf_hub_id"], self.vit
-        state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
-        with explained(f"{weights or repo} holds weights of another model"):
-            # timm resamples positions (bicubic, antialias) to our grid.
-            convert = sys.modules[type(vit).__module__].checkpoint_filter_fn
-            missing, unused = vit.load_state_dict(convert(state, vit), strict=False)
-            odd = missing + [key for key in unused if key.startswith("blocks.")]
-            if odd:
-                raise ValueError(f"{odd[0]} is only in one of them")
 
     def forward(self, images: Tensor) -> Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
@@ -761,29 +755,29 @@ class FolderImages(torchvision.datasets.DatasetFolder):
         if self.cache is None:
             return image, label
         # Another image of the same name has another date or length.
-        key = os.path.relpath(path, self.root), os.stat(path).st_mtime_ns, os.stat(path).st_size
-        name = hashlib.sha256(repr((self.size, *key)).encode()).hexdigest()
-        return image, label, os.path.join(self.cache, name[:2], f"{name[2:32]}.npy")
+        date, length = os.stat(path).st_mtime_ns, os.stat(path).st_size
+        name = f"{os.path.relpath(path, self.root)}-{self.size}-{date}-{length}.npy"
+        return image, label, os.path.join(self.cache, name)
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of a batch's latents (N, 2C, h, w), read from one file for each image. Those
-    without are encoded and written, as float16: what is written is what is used. A file cut short
-    by a kill counts as none, and processes and machines can share them."""
-    rows, (channels, h, w) = [None] * len(files), run.config.latent_shape
-    for k, file in enumerate(files):
-        with contextlib.suppress(Exception):  # missing, or damaged
-            rows[k] = torch.from_numpy(np.load(file)).view(2 * channels, h, w)
-    missing = [k for k, row in enumerate(rows) if row is None]
-    if missing:  # the whole batch is encoded: other shapes round otherwise
+    """Mean and std of a batch's latents (N, 2C, h, w), read from a file for each image, which is
+    written, as float16, when the image is first seen: what is written is what is used."""
+    rows = {}
+    for file in files:
+        with contextlib.suppress(Exception):  # missing, or cut short by a kill
+            rows[file] = np.load(file)
+    if len(rows) < len(set(files)):  # the whole batch is encoded: other shapes round otherwise
         encoded = encode_images(run.vae, images).half().cpu()
         if not encoded.isfinite().all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
-        for k in missing:
-            rows[k] = encoded[k]
-            os.makedirs(os.path.dirname(files[k]), exist_ok=True)
-            np.save(files[k], encoded[k].numpy())
-    return torch.stack(rows).to(run.device, non_blocking=True).float()
+        for file, row in zip(files, encoded.numpy(), strict=True):
+            if file not in rows:
+                rows[file] = row
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                np.save(file, row)
+    latents = torch.from_numpy(np.stack([rows[file] for file in files]))
+    return latents.to(run.device, non_blocking=True).float()
 
 
 @torch.no_grad()
@@ -796,17 +790,18 @@ def load_batch(run: Run, batch: list, eps: Tensor) -> tuple:
     return mean + std * eps, y, run.teacher(images) if run.teacher else None
 
 
+@functools.lru_cache(maxsize=1)
+def epoch_order(count: int, seed: int, epoch: int) -> list:
+    """The indices of all images, in the order of an epoch."""
+    return torch.randperm(count, generator=seeded("cpu", "epoch", seed, epoch)).tolist()
+
+
 def index_batches(run: Run):
-    """Yields this rank's micro-batches of image indices; the seed permutes each epoch's images."""
-    config, count, order, epoch = run.config, len(run.dataset), [], -1
+    """Yields this rank's micro-batches of image indices."""
+    config, count = run.config, len(run.dataset)
     for step in range(run.step, config.steps):
-        batch = []
-        for place in range(step * config.batch_size, (step + 1) * config.batch_size):
-            if place // count != epoch:
-                epoch = place // count
-                generator = seeded("cpu", "epoch", config.seed, epoch)
-                order = torch.randperm(count, generator=generator).tolist()
-            batch.append(order[place % count])
+        places = range(step * config.batch_size, (step + 1) * config.batch_size)
+        batch = [epoch_order(count, config.seed, i // count)[i % count] for i in places]
         shares = np.array_split(batch, run.world_size * config.accum)
         yield from shares[run.rank * config.accum : (run.rank + 1) * config.accum]
 
@@ -874,21 +869,17 @@ def resume(run: Run) -> None:
     for name in ("model", "ema", "optimizer"):
         getattr(run, name).load_state_dict(saved[name])
     run.optimizer.param_groups[0]["lr"] = config.lr  # as typed now, not as it was then
-    run.step, run.sums = saved["step"], saved["sums"]
+    run.step, run.sums, run.log = saved["step"], saved["sums"], saved["log"]
 
 
 def begin_log(run: Run) -> None:
-    """Tells what is about to run, and drops what a killed run logged after its last save."""
-    config, log = run.config, Path(run.config.out, "log.jsonl")
-    size = f"{config.size}, {sum(p.numel() for p in run.model.parameters()):,} weights"
-    data = f"{len(run.dataset)} images, {run.world_size} x {run.device.type}"
-    print(f"{config.method}, {size}, {data}, steps {run.step} to {config.steps}; {config.out}")
+    """Makes the run folder and tells what is about to run."""
+    Path(run.config.out).mkdir(parents=True, exist_ok=True)
+    config, weights = run.config, sum(p.numel() for p in run.model.parameters())
+    print(f"{config.method}, {config.size}, {weights:,} weights, {len(run.dataset)} images", end="")
+    print(f", {run.world_size} x {run.device.type}, steps {run.step} to {config.steps}")
     if run.step >= config.steps:
         print("finished: raise --steps for more, or name another --out")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]
-    log.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.step))
 
 
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
@@ -929,13 +920,14 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
 def report(run: Run, images_per_s: float) -> None:
     """Logs the means of the steps since the last line."""
     steps = run.sums.pop("steps")
-    means = (torch.stack(list(run.sums.values())) / steps).tolist()
-    record = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
-    record["images_per_s"], run.sums = images_per_s, {}
+    means = {name: (value / steps).item() for name, value in run.sums.items()}
+    line = dict(step=run.step, **means, images_per_s=images_per_s)
+    run.sums, run.log = {}, [*run.log, line]
     if run.rank == 0:
-        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in record.items() if value))
-        with open(Path(run.config.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
+        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
+        # Written whole: so it forgets what a killed run did after its last save.
+        text = "".join(json.dumps(line) + "\n" for line in run.log)
+        Path(run.config.out, "log.jsonl").write_text(text)
 
 
 def require_finite(run: Run) -> None:
@@ -948,7 +940,8 @@ def require_finite(run: Run) -> None:
 def save(run: Run) -> None:
     """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
     parts = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
-    state = dict(parts, step=run.step, sums=run.sums, config=dataclasses.asdict(run.config))
+    state = dict(parts, step=run.step, sums=run.sums, log=run.log)
+    state["config"] = dataclasses.asdict(run.config)
     milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
@@ -1034,12 +1027,8 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
         train(parse_config(kind=kind, doc=doc), signals=signals)
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo
-    except (BadInput, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        if isinstance(error, ConnectionResetError) or "DataLoader worker (" in str(error):
-            reason = "a data worker died (memory? /dev/shm?): type it again, or fewer --workers"
-        elif isinstance(error, RuntimeError):
-            raise
+    except (BadInput, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]  # a data worker's traceback stands before it
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
 
