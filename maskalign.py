@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -26,8 +25,7 @@ import re
 import signal
 import sys
 import time
-import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import huggingface_hub
@@ -88,7 +86,6 @@ DEMO = dict(  # what holds without --data: drawn shapes, and a run of minutes on
     lr=3e-3,
     ema_decay=0.99,
     workers=0,
-    save_every=500,
 )
 RULES = {  # what a number may be
     "above 0": lambda value: 0 < value < math.inf,
@@ -163,8 +160,7 @@ def require(config: Config, name: str, fits: bool, rule: str) -> None:
 
 
 def make_config(kind: type = Config, /, **typed) -> Config:
-    """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput.
-    kind: Config, or a fork's subclass of it, whose defaults are its method."""
+    """Defaults of kind, then DEMO if no data, rows of SIZES and METHODS, typed. Raises BadInput."""
     merged = {field.name: field.default for field in dataclasses.fields(kind)}
     merged |= ({} if typed.get("data") else DEMO) | typed
     for name, table in (("size", kind.sizes), ("method", METHODS | {kind.method: {}})):
@@ -217,7 +213,7 @@ class Run:
     ema: nn.Module | None = None  # running average of the weights
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # steps done
-    sums: dict = dataclasses.field(default_factory=dict)  # of the losses since the last log line
+    sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last log line
     log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
 
 
@@ -313,8 +309,8 @@ def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=No
     """Draws S: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
     anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
-    where = dict(generator=generator, device=generator and generator.device)
-    scores = torch.rand(n, num_tokens, **where)
+    device = generator.device if generator else None
+    scores = torch.rand(n, num_tokens, generator=generator, device=device)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
 
 
@@ -332,8 +328,7 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
 
 class SiT(nn.Module):
     """Scalable interpolant transformer, with REPA's projector after block align_depth (from 1),
-    REG's class token, and our mixer: blocks before the mask, not counted in depth. Draws nothing.
-    """
+    REG's class token, and the mixer: blocks before the mask, not counted in depth."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -381,9 +376,8 @@ class SiT(nn.Module):
 
     def forward(self, x, t, y, cls=None, ids_keep=None) -> SiTOutput:
         """Noisy x (N, C, H, W) at times t (N,) in [0, 1], labels y (N,), noisy cls (N, z_dim);
-        ids_keep (N, K): the patch tokens that enter the blocks, None: all, as in sampling
-        -> velocities v (N, K, p*p*C), v_cls (N, z_dim); projected tokens z_pred (N, [1+]K, z_dim).
-        """
+        ids_keep (N, K): the patches that enter the blocks, None: all, as in sampling
+        -> velocities v (N, K, p*p*C), v_cls (N, z_dim); projected z_pred (N, [1+]K, z_dim)."""
         h, c = self.embed(x, t, y, cls)  # (N, [1+]T, D)
         h = gather_tokens(h, ids_keep, self.class_token)  # the mask: (N, [1+]K, D)
         z_pred = None
@@ -450,9 +444,7 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x + t * noise
 
 
-def training_losses(
-    model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None
-) -> dict:
+def training_losses(model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None):
     """The objective on a batch: {"loss", "denoise", "cls", "align"}, scalars; 0: not of the method.
     x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, z_dim) teacher tokens, class token first
     (None for `sit`); the random draws are those of draw_step; model is called as SiT.forward."""
@@ -516,8 +508,7 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         path = path or huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        zipped = zipfile.is_zipfile(path)  # before torch 1.6 files were none, and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class ViTTeacher(nn.Module):
@@ -744,8 +735,6 @@ class FolderImages(torchvision.datasets.DatasetFolder):
             if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
                 folder = os.path.join(folder, "train")
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
-            for path, _ in self.samples[:: 1 + len(self) // 1000]:
-                Image.open(path).close()
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
@@ -790,20 +779,18 @@ def load_batch(run: Run, batch: list, eps: Tensor) -> tuple:
     return mean + std * eps, y, run.teacher(images) if run.teacher else None
 
 
-@functools.lru_cache(maxsize=1)
-def epoch_order(count: int, seed: int, epoch: int) -> list:
-    """The indices of all images, in the order of an epoch."""
-    return torch.randperm(count, generator=seeded("cpu", "epoch", seed, epoch)).tolist()
-
-
 def index_batches(run: Run):
-    """Yields this rank's micro-batches of image indices."""
-    config, count = run.config, len(run.dataset)
-    for step in range(run.step, config.steps):
-        places = range(step * config.batch_size, (step + 1) * config.batch_size)
-        batch = [epoch_order(count, config.seed, i // count)[i % count] for i in places]
-        shares = np.array_split(batch, run.world_size * config.accum)
-        yield from shares[run.rank * config.accum : (run.rank + 1) * config.accum]
+    """Yields this rank's micro-batches of image indices; the seed permutes each epoch's images."""
+    config, count, order, batch = run.config, len(run.dataset), [], []
+    for place in range(run.step * config.batch_size, config.steps * config.batch_size):
+        if not order or place % count == 0:
+            generator = seeded("cpu", "epoch", config.seed, place // count)
+            order = torch.randperm(count, generator=generator).tolist()
+        batch.append(order[place % count])
+        if len(batch) == config.batch_size:
+            shares = np.array_split(batch, run.world_size * config.accum)
+            yield from shares[run.rank * config.accum : (run.rank + 1) * config.accum]
+            batch = []
 
 
 # ---- 8. The training loop ------------------------------------------------------------------------
@@ -845,9 +832,15 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     run = Run(config, rank, world_size, device, dataset, vae, teacher)
     run.model = run.ddp_model = build_model(config).to(device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
-    weights, betas = run.model.parameters(), (0.9, 0.999)  # Tab. 7
-    run.optimizer = torch.optim.AdamW(weights, config.lr, betas, weight_decay=0.0, fused=True)
+    how = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)  # Tab. 7
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), **how)
     resume(run)
+    if rank == 0:
+        os.makedirs(config.out, exist_ok=True)
+        count = sum(p.numel() for p in run.model.parameters())
+        data = f"{len(dataset)} images, {world_size} x {device.type}"
+        steps = f"steps {run.step} to {config.steps} in {config.out}"
+        print(f"{config.method}, {config.size}, {count:,} weights, {data}, {steps}")
     if config.compile and device.type == "cuda":
         run.model.compile()  # in place: names of weights stay
     if world_size > 1:
@@ -869,22 +862,12 @@ def resume(run: Run) -> None:
     for name in ("model", "ema", "optimizer"):
         getattr(run, name).load_state_dict(saved[name])
     run.optimizer.param_groups[0]["lr"] = config.lr  # as typed now, not as it was then
-    run.step, run.sums, run.log = saved["step"], saved["sums"], saved["log"]
-
-
-def begin_log(run: Run) -> None:
-    """Makes the run folder and tells what is about to run."""
-    Path(run.config.out).mkdir(parents=True, exist_ok=True)
-    config, weights = run.config, sum(p.numel() for p in run.model.parameters())
-    print(f"{config.method}, {config.size}, {weights:,} weights, {len(run.dataset)} images", end="")
-    print(f", {run.world_size} x {run.device.type}, steps {run.step} to {config.steps}")
-    if run.step >= config.steps:
-        print("finished: raise --steps for more, or name another --out")
+    run.step, run.sums, run.log = saved["step"], Counter(saved["sums"]), saved["log"]
 
 
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
     """One step of the optimizer; adds its losses to run.sums."""
-    config, device, means = run.config, run.device, {}
+    config, device, means = run.config, run.device, Counter()
     # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
     drawn = draw_step(run, seeded(device, "step", config.seed, run.step))
     shares = run.world_size * config.accum
@@ -897,9 +880,9 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
         with torch.autocast(device.type, torch.bfloat16, config.bf16 and device.type == "cuda"):
             losses = training_losses(run.ddp_model, x, y, z, config, **mine)
         (losses["loss"] / config.accum).backward()
-        for name, value in losses.items():
-            means[name] = means.get(name, 0.0) + value.detach() / shares
+        means.update({name: value.detach() / shares for name, value in losses.items()})  # adds
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    means["grad_norm"] = grad_norm / run.world_size
     run.optimizer.step()
     run.optimizer.zero_grad()
 
@@ -909,12 +892,10 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
     run.step += 1
 
     # No value is read here: that would wait for the GPU.
-    values = torch.stack([*means.values(), grad_norm / run.world_size])
+    values = torch.stack(list(means.values()))
     if run.world_size > 1:
         dist.all_reduce(values)
-    for name, value in zip((*means, "grad_norm"), values, strict=True):
-        run.sums[name] = run.sums.get(name, 0.0) + value
-    run.sums["steps"] = run.sums.get("steps", 0) + 1
+    run.sums.update(dict(zip(means, values, strict=True), steps=1))
 
 
 def report(run: Run, images_per_s: float) -> None:
@@ -922,7 +903,7 @@ def report(run: Run, images_per_s: float) -> None:
     steps = run.sums.pop("steps")
     means = {name: (value / steps).item() for name, value in run.sums.items()}
     line = dict(step=run.step, **means, images_per_s=images_per_s)
-    run.sums, run.log = {}, [*run.log, line]
+    run.sums, run.log = Counter(), [*run.log, line]
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
         # Written whole: so it forgets what a killed run did after its last save.
@@ -940,7 +921,7 @@ def require_finite(run: Run) -> None:
 def save(run: Run) -> None:
     """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
     parts = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
-    state = dict(parts, step=run.step, sums=run.sums, log=run.log)
+    state = dict(parts, step=run.step, sums=dict(run.sums), log=run.log)
     state["config"] = dataclasses.asdict(run.config)
     milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
@@ -987,8 +968,6 @@ def train(
     """Trains from the newest checkpoint on; a fork hands in functions of its own for ours. Once
     `signals` is not empty on one rank, all of them save after the step and return."""
     run = set_up(config, build_model, build_teacher)
-    if run.rank == 0:
-        begin_log(run)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
     batches = iter(DataLoader(run.dataset, batch_sampler=index_batches(run), **how))
