@@ -445,15 +445,15 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def training_losses(model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None):
-    """The objective on a batch: {"loss", "denoise", "cls", "align"}, scalars; 0: not of the method.
-    x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, z_dim) teacher tokens, class token first
-    (None for `sit`); the random draws are those of draw_step; model is called as SiT.forward."""
-    x_t, cls_t = add_noise(x, noise, t), None
+    """{"loss", "denoise", "cls", "align"} of a batch, scalars; 0: not of the method. Clean latents
+    x (N, C, H, W), labels y (N,), teacher tokens z (N, 1+T, z_dim), class token first, or None;
+    the rest are the draws of draw_step, cut to the batch."""
+    cls_t = None
     if config.class_token:  # the same t, noise of its own
         cls = at_least_float32(z[:, 0])
         cls_t = add_noise(cls, cls_noise, t)
     y = torch.where(drop, config.num_classes, y)  # the null class
-    v, v_cls, z_pred = model(x_t, t, y, cls_t, ids_keep)
+    v, v_cls, z_pred = model(add_noise(x, noise, t), t, y, cls_t, ids_keep)
 
     # Dropped tokens are neither predicted nor aligned: all means run over the kept ones.
     v_target = patchify(noise - x, config.patch_size)  # d x_t / dt: (N, T, p*p*C)
@@ -500,10 +500,9 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
 # ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
-    Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    name = path or f"{filename} of {repo}"
+    Runs no code of a file. Raises BadInput: unreadable, or offline without a file."""
     advice = f": run once with internet, or pass {flag} FILE" if flag else ""
-    with explained(f"cannot read {name}{advice}"):
+    with explained(f"cannot read {path or f'{filename} of {repo}'}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
         path = path or huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
@@ -576,8 +575,8 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
 
 
 class AutoencoderKL:
-    """Stable Diffusion's VAE, images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8): its
-    tensors, by diffusers' names, and the order in which they act. Raises BadInput."""
+    """Stable Diffusion's VAE, images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8), on
+    tensors by diffusers' names. Raises BadInput."""
 
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         # Files of before 2023 name the four layers of the attention otherwise.
@@ -623,7 +622,7 @@ class AutoencoderKL:
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of unscaled latents, about in [-1, 1]."""
+        """Images of unscaled latents."""
         h = self.conv("decoder.conv_in", self.conv("post_quant_conv", latents))
         h = self.middle("decoder.mid_block", h)
         for i in range(4):
@@ -640,9 +639,9 @@ def build_vae(config: Config, device) -> AutoencoderKL | None:
     if config.vae == "none":
         return None
     path, file = config.vae_weights, "diffusion_pytorch_model.safetensors"
-    vae = AutoencoderKL(read_weights(path, config.vae, file, "--vae_weights"), path or config.vae)
-    vae.tensors = {name: value.float().to(device) for name, value in vae.tensors.items()}
-    return vae
+    state = read_weights(path, config.vae, file, "--vae_weights")
+    state = {name: value.to(device).float() for name, value in state.items()}
+    return AutoencoderKL(state, path or config.vae)
 
 
 SD_SCALE, PIXEL_SCALE = 0.18215, 2.0  # to variance about 1: SD-VAE's own; ours for [-1, 1]
@@ -709,8 +708,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; 16 bits, which Pillow would clip to noise, are scaled. Raises ValueError for
-    32-bit and float images, of which nobody knows what white is."""
+    """RGB of any mode; 16 bits, which Pillow would clip, are scaled. Raises ValueError for 32 bits
+    and floats, of which nobody knows what white is."""
     wide = image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow's name for some of them
     if wide or image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
@@ -757,16 +756,14 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
             rows[file] = np.load(file)
     if len(rows) < len(set(files)):  # the whole batch is encoded: other shapes round otherwise
-        encoded = encode_images(run.vae, images).half().cpu()
-        if not encoded.isfinite().all():
-            raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
-        for file, row in zip(files, encoded.numpy(), strict=True):
+        encoded = encode_images(run.vae, images).half().cpu().numpy()
+        for file, row in zip(files, encoded, strict=True):
             if file not in rows:
                 rows[file] = row
                 os.makedirs(os.path.dirname(file), exist_ok=True)
                 np.save(file, row)
-    latents = torch.from_numpy(np.stack([rows[file] for file in files]))
-    return latents.to(run.device, non_blocking=True).float()
+    latents = np.stack([rows[file] for file in files])
+    return torch.from_numpy(latents).to(run.device).float()
 
 
 @torch.no_grad()
@@ -797,16 +794,13 @@ def index_batches(run: Run):
 def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
     rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    else:  # torchrun gives each process one thread: share the cores instead
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_size))
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
 
 
@@ -873,7 +867,6 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
     shares = run.world_size * config.accum
     for micro in range(config.accum):
         share = run.rank * config.accum + micro
-        # What is no tensor is handed on as it is.
         mine = {k: v.chunk(shares)[share] if torch.is_tensor(v) else v for k, v in drawn.items()}
         x, y, z = load_batch(run, next(batches), mine.pop("eps"))
         run.ddp_model.require_backward_grad_sync = micro + 1 == config.accum
@@ -891,8 +884,7 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
     torch._foreach_lerp_(list(run.ema.parameters()), weights, 1 - config.ema_decay)
     run.step += 1
 
-    # No value is read here: that would wait for the GPU.
-    values = torch.stack(list(means.values()))
+    values = torch.stack(list(means.values()))  # not read here: that would wait for the GPU
     if run.world_size > 1:
         dist.all_reduce(values)
     run.sums.update(dict(zip(means, values, strict=True), steps=1))
@@ -934,13 +926,12 @@ def save(run: Run) -> None:
 
 
 def preview(run: Run, sampler) -> None:
-    """Draws 8 images of each of 8 classes, a row each, from the same noise at every step."""
+    """Draws 8 classes, a row of 8 images each, from the same noise every time."""
     config, device = run.config, run.device
     y = torch.arange(64, device=device) // 8 * config.num_classes // 8
     on = dict(generator=seeded(device, "preview", config.seed), device=device)
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None
-    # Guided: ours, pictures to recognise.
     x = sampler(run.ema, noise, y, cls, num_steps=config.preview_steps, cfg_scale=2.0)
     images = decode_latents(run.vae, x).cpu() / 255
     images = F.interpolate(images, scale_factor=max(1, 96 // config.image_size))  # big pixels
@@ -965,8 +956,8 @@ def train(
     sampler=euler_ode,
     signals=(),
 ) -> None:
-    """Trains from the newest checkpoint on; a fork hands in functions of its own for ours. Once
-    `signals` is not empty on one rank, all of them save after the step and return."""
+    """Trains from the newest checkpoint on; a fork hands in its own functions. Once `signals` is
+    not empty on one rank, all save after the step and return."""
     run = set_up(config, build_model, build_teacher)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
@@ -990,15 +981,13 @@ def train(
             save(run)
         if run.rank == 0 and (last or run.step % config.sample_every == 0):
             preview(run, sampler)
-        if stopped and run.rank == 0:
-            tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
         if stopped:
             break
 
 
 def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
-    """Trains from the command line; bad input ends it with one sentence. A fork hands in its own
-    train(config, signals=...), kind of Config and docstring, which is its --help."""
+    """Trains from the command line. A fork hands in its train(config, signals=...), Config, and
+    docstring, which is its --help."""
     signals = []
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda number, _: signals.append(number))
