@@ -39,7 +39,6 @@ from PIL import Image
 from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
@@ -184,16 +183,13 @@ def make_config(kind: type = Config, /, **typed) -> Config:
 
 def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc__) -> Config:
     """Config from the command line: a flag for each field that has a note, which is its help."""
-    plain = argparse.RawDescriptionHelpFormatter
+    plain, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
     for field in dataclasses.fields(kind):
-        note = field.metadata.get("note")
-        shown = f"{note} [{field.default}]".replace("%", "%%")
-        how = dict(default=argparse.SUPPRESS, help=shown, type=field.type)
-        if field.type is bool:
-            how |= dict(action=argparse.BooleanOptionalAction)
-        if note:
-            parser.add_argument(f"--{field.name}", **how)
+        shown = f"{field.metadata.get('note')} [{field.default}]".replace("%", "%%")
+        how = dict(action=switch) if field.type is bool else dict(type=field.type)
+        if field.metadata.get("note"):
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=shown, **how)
     return make_config(kind, **vars(parser.parse_args(argv)))
 
 
@@ -486,12 +482,11 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
     None at t = 1 to latents like x at t = 0, of labels y (N,). cfg_scale w > 1 is classifier-free
     guidance: v = v_null + w (v_label - v_null) goes further in the direction of the label."""
     state = [part.double() for part in (x, cls) if part is not None]  # float32 sums lose digits
-    null = torch.full_like(y, model.num_classes)
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:], strict=False):
         v = velocities(model, state, t, y, x.dtype)
         if cfg_scale > 1:
-            v_null = velocities(model, state, t, null, x.dtype)
+            v_null = velocities(model, state, t, torch.full_like(y, model.num_classes), x.dtype)
             v = [b + cfg_scale * (a - b) for a, b in zip(v, v_null, strict=True)]
         state = [part + (t_next - t) * dx for part, dx in zip(state, v, strict=True)]
     return state[0].to(x.dtype)
@@ -511,18 +506,15 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
 
 
 class ViTTeacher(nn.Module):
-    """A frozen timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, patches
-    in raster order. "classifier": a tiny one for build_teacher to train. Raises BadInput."""
+    """A timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, then patches.
+    "classifier": a tiny one, for build_teacher to train. Raises BadInput."""
 
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
-        arch, how = name, {}
-        if name == "classifier":
-            arch = "vit_tiny_patch16_224"
-            how = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
+        tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
+        arch, how = ("vit_tiny_patch16_224", tiny) if name == "classifier" else (name, {})
         with explained(f"teacher {name!r} is no ViT of timm with a class token"):
-            patch = how.get("patch_size") or int(re.search(r"vit_.*patch(\d+)", arch)[1])
-            self.size = grid * patch
+            self.size = grid * (how.get("patch_size") or int(re.search(r"patch(\d+)", arch)[1]))
             self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **how)
             if self.vit.cls_token is None or isinstance(self.vit.norm, nn.Identity):
                 raise ValueError("no class token, or no last norm")
@@ -533,9 +525,8 @@ class ViTTeacher(nn.Module):
             with explained(f"{weights or repo} holds weights of another model"):
                 # From timm's or Meta's names; positions are resampled to our grid.
                 convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
-                state = convert(state, self.vit)
-                missing = self.vit.load_state_dict(state, strict=False).missing_keys
-                if missing:  # it would stay random; what the file has beside (a head) may be left
+                missing, _ = self.vit.load_state_dict(convert(state, self.vit), strict=False)
+                if missing:  # it would stay random
                     raise ValueError(f"{missing[0]} is not in it")
         self.dim = self.vit.num_features
         constants = torch.tensor([source["mean"], source["std"]], dtype=torch.float64)
@@ -579,7 +570,7 @@ class AutoencoderKL:
     tensors by diffusers' names. Raises BadInput."""
 
     def __init__(self, state_dict: dict, path: str = "the state dict"):
-        # Files of before 2023 name the four layers of the attention otherwise.
+        # Files of before 2023 have other names in the attention.
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
         self.tensors = dict(zip(names, state_dict.values(), strict=True))
@@ -723,16 +714,15 @@ IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
 
 
 class FolderImages(torchvision.datasets.DatasetFolder):
-    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label), and with a cache the
-    name of the file for the image's latents. Raises BadInput."""
+    """class/*.jpg or train/class/*.jpg -> crop uint8 (3, S, S), label, and with a cache the file
+    for the image's latents. Raises BadInput."""
 
     def __init__(self, folder: str, size: int):
         self.size, self.cache = size, None
         with explained(f"--data {folder} must hold images as class/*.jpg"):
-            names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-            # A `train` beside folders that are no splits is a class called so.
-            if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
-                folder = os.path.join(folder, "train")
+            train = Path(folder, "train")
+            if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
+                folder = train
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
 
     def __getitem__(self, i: int) -> tuple:
@@ -749,8 +739,8 @@ class FolderImages(torchvision.datasets.DatasetFolder):
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of a batch's latents (N, 2C, h, w), read from a file for each image, which is
-    written, as float16, when the image is first seen: what is written is what is used."""
+    """Mean and std of a batch's latents (N, 2C, h, w), from a float16 file for each image, written
+    when the image is first seen: what is written is what is used."""
     rows = {}
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
@@ -831,14 +821,14 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     resume(run)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
-        count = sum(p.numel() for p in run.model.parameters())
-        data = f"{len(dataset)} images, {world_size} x {device.type}"
-        steps = f"steps {run.step} to {config.steps} in {config.out}"
-        print(f"{config.method}, {config.size}, {count:,} weights, {data}, {steps}")
+        print(
+            f"{config.method}, {config.size}, {len(dataset)} images, {world_size} x {device.type}"
+        )
+        print(f"steps {run.step} to {config.steps}; {config.out}")
     if config.compile and device.type == "cuda":
         run.model.compile()  # in place: names of weights stay
     if world_size > 1:
-        run.ddp_model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        run.ddp_model = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
 
@@ -906,8 +896,7 @@ def report(run: Run, images_per_s: float) -> None:
 def require_finite(run: Run) -> None:
     """Raises BadInput on all ranks before weights that broke are saved or trained further."""
     if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
-        way_out = f"go on from {run.config.out}/latest.pt, if it is there, with a smaller --lr"
-        raise BadInput(f"step {run.step}: weights not finite, and not saved: {way_out}")
+        raise BadInput(f"step {run.step}: weights not finite, and not saved: try a smaller --lr")
 
 
 def save(run: Run) -> None:
