@@ -49,11 +49,11 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def explained(sentence: str):
-    """Any error inside becomes BadInput: the sentence, and in brackets what went wrong."""
+    """Any error inside becomes BadInput: the sentence, and in brackets the error's first."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = " ".join(str(error).split()).split(". ")[0][:150]
         raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
 
 
@@ -182,7 +182,7 @@ def make_config(kind: type = Config, /, **typed) -> Config:
 
 
 def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc__) -> Config:
-    """Config from the command line: a flag for each field that has a note, which is its help."""
+    """Config from the command line: a flag for each field with a note, which is its help."""
     plain, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
     for field in dataclasses.fields(kind):
@@ -221,14 +221,12 @@ def seeded(device, *key) -> torch.Generator:
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
-    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines of t, then a small MLP. Made for t
-    up to 1000; in [0, 1] the sines are nearly t itself at 128 scales, the fastest cosines bend a
-    little: enough for the MLP to read t off them."""
+    """t (...) in [0, 1] -> (..., D): 128 cosines and sines, made for t up to 1000, then an MLP. In
+    [0, 1] sines are nearly t at 128 scales, fast cosines bend a little: enough to read t off."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, width: int):
         super().__init__()
-        layers = nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         i = torch.arange(128, device=t.device)
@@ -253,15 +251,14 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """SiT block: h (N, K, D) -> same; the condition c (N, 1, D) sets shifts, scales and gates.
-    adaLN-Zero: the layer that makes them starts at zero. So at first every gate is shut and every
-    block is the identity; training opens the gates as it finds use for a block."""
+    """h (N, K, D) -> same; c (N, 1, D) sets shifts, scales and gates. adaLN-Zero: what makes them
+    starts at zero, so each block as the identity; training opens a gate when its block helps."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)  # scaled_dot_product_attention
-        self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=GELUTanh)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.attn = Attention(width, num_heads, qkv_bias=True)
+        self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)
@@ -272,11 +269,11 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens -> velocities: patches (N, K, out_dim), class token (N, cls_dim) or None."""
 
-    def __init__(self, hidden_size: int, out_dim: int, cls_dim: int):
+    def __init__(self, width: int, out_dim: int, cls_dim: int):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_dim)
-        self.cls_head = nn.Linear(hidden_size, cls_dim) if cls_dim else None
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(width, out_dim)
+        self.cls_head = nn.Linear(width, cls_dim) if cls_dim else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, h: Tensor, c: Tensor) -> tuple:
         h = modulate(h, *self.adaLN_modulation(c).chunk(2, -1))
@@ -302,8 +299,7 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=None) -> Tensor:
-    """Draws S: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
-    anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
+    """ids_keep (n, round((1 - mask_ratio) num_tokens)): uniform, for each image anew, ascending."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     device = generator.device if generator else None
     scores = torch.rand(n, num_tokens, generator=generator, device=device)
@@ -323,8 +319,7 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
 
 
 class SiT(nn.Module):
-    """Scalable interpolant transformer, with REPA's projector after block align_depth (from 1),
-    REG's class token, and the mixer: blocks before the mask, not counted in depth."""
+    """SiT with REPA's projector, REG's class token, and the mixer: blocks before the mask."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -416,9 +411,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def draw_step(run: Run, generator: torch.Generator) -> dict:
-    """Everything random in a step, for the whole batch of n images: t (n,) in [0, 1), noise
-    (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None (all), drop (n,): True where the
-    label becomes the null class, eps (n, C, H, W): noise of the VAE's encoder."""
+    """Everything random in a step, for the whole batch of n images. ids_keep (n, K) or None: all;
+    drop (n,): True where the label becomes null; eps: noise of the VAE's encoder."""
     config, n, ids_keep = run.config, run.config.batch_size, None
     on = dict(generator=generator, device=generator.device)
     if config.mask_ratio > 0:
@@ -534,9 +528,9 @@ class ViTTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
-        dtype = next(self.parameters()).dtype
-        mean, std = self.mean_std.to(dtype)
-        x = F.interpolate((images.to(dtype) / 255 - mean) / std, self.size, mode="bicubic")
+        pixels = images.to(self.vit.cls_token.dtype) / 255
+        mean, std = self.mean_std.to(pixels.dtype)
+        x = F.interpolate((pixels - mean) / std, self.size, mode="bicubic")
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens :]  # skips registers, if it has some
@@ -566,8 +560,9 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
 
 
 class AutoencoderKL:
-    """Stable Diffusion's VAE, images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8), on
-    tensors by diffusers' names. Raises BadInput."""
+    """Stable Diffusion's VAE: images (N, 3, H, W) in [-1, 1] <-> unscaled latents (N, 4, h, w)."""
+
+    scale = 0.18215  # gives latents a variance of about 1
 
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         # Files of before 2023 have other names in the attention.
@@ -600,7 +595,7 @@ class AutoencoderKL:
         return self.resnet(f"{name}.resnets.1", x + h.mT.reshape(x.shape))
 
     def encode(self, images: Tensor) -> tuple:
-        """Mean and standard deviation of the latents, unscaled."""
+        """Mean and standard deviation of the latents."""
         h = self.conv("encoder.conv_in", images)
         for i in range(4):
             for j in range(2):
@@ -613,7 +608,6 @@ class AutoencoderKL:
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of unscaled latents."""
         h = self.conv("decoder.conv_in", self.conv("post_quant_conv", latents))
         h = self.middle("decoder.mid_block", h)
         for i in range(4):
@@ -635,23 +629,20 @@ def build_vae(config: Config, device) -> AutoencoderKL | None:
     return AutoencoderKL(state, path or config.vae)
 
 
-SD_SCALE, PIXEL_SCALE = 0.18215, 2.0  # to variance about 1: SD-VAE's own; ours for [-1, 1]
-
-
 def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
+    """uint8 (N, 3, H, W) -> mean and std of the scaled latents (N, 2C, h, w)."""
     x = images.float() / 127.5 - 1
     if vae is None:
-        return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
-    return SD_SCALE * torch.cat([torch.cat(vae.encode(some), dim=1) for some in x.split(32)])
+        return torch.cat([2 * x, torch.zeros_like(x)], dim=1)  # a variance of about 1, too
+    return vae.scale * torch.cat([torch.cat(vae.encode(some), dim=1) for some in x.split(32)])
 
 
 def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
     if vae is None:
-        images = x.float() / PIXEL_SCALE
+        images = x.float() / 2
     else:
-        images = torch.cat([vae.decode(some / SD_SCALE) for some in x.float().split(32)])
+        images = torch.cat([vae.decode(some / vae.scale) for some in x.float().split(32)])
     return (255 * (images + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 
@@ -699,8 +690,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; 16 bits, which Pillow would clip, are scaled. Raises ValueError for 32 bits
-    and floats, of which nobody knows what white is."""
+    """RGB of any mode; 16 bits, which Pillow would clip, are scaled. Raises ValueError."""
     wide = image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow's name for some of them
     if wide or image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
@@ -888,21 +878,21 @@ def report(run: Run, images_per_s: float) -> None:
     run.sums, run.log = Counter(), [*run.log, line]
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
-        # Written whole: so it forgets what a killed run did after its last save.
+        # Written anew: so it forgets what a killed run did after its last save.
         text = "".join(json.dumps(line) + "\n" for line in run.log)
         Path(run.config.out, "log.jsonl").write_text(text)
 
 
 def require_finite(run: Run) -> None:
-    """Raises BadInput on all ranks before weights that broke are saved or trained further."""
+    """Raises BadInput, on all ranks, if weights broke."""
     if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
         raise BadInput(f"step {run.step}: weights not finite, and not saved: try a smaller --lr")
 
 
 def save(run: Run) -> None:
     """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
-    parts = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
-    state = dict(parts, step=run.step, sums=dict(run.sums), log=run.log)
+    state = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
+    state |= dict(step=run.step, sums=dict(run.sums), log=run.log)
     state["config"] = dataclasses.asdict(run.config)
     milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
@@ -945,8 +935,7 @@ def train(
     sampler=euler_ode,
     signals=(),
 ) -> None:
-    """Trains from the newest checkpoint on; a fork hands in its own functions. Once `signals` is
-    not empty on one rank, all save after the step and return."""
+    """Trains from the newest checkpoint on; once a rank finds `signals`, all save and return."""
     run = set_up(config, build_model, build_teacher)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
@@ -975,8 +964,7 @@ def train(
 
 
 def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
-    """Trains from the command line. A fork hands in its train(config, signals=...), Config, and
-    docstring, which is its --help."""
+    """The command line. A fork hands in its train(config, signals=...), Config and docstring."""
     signals = []
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda number, _: signals.append(number))
