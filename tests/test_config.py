@@ -165,6 +165,7 @@ class ForkConfig(Config):
     align_coeff: float = setting(0.25, "as the fork's paper", rule="0 or above")
     warmth: float = setting(0.5, "ours: share of warmth", rule="in [0, 1)")
     chatty: bool = setting(False, "ours: tell more", free=True)
+    plain: int = 3  # a field like any other: no flag, no rule, not free
 
     sizes = SIZES | {"demo-tall": SIZES["demo"] | dict(depth=9)}
 
@@ -174,7 +175,8 @@ def test_a_forks_own_settings_are_flags_with_rules_and_its_doc_is_the_help(capsy
     assert type(c) is ForkConfig and (c.warmth, c.chatty) == (0.25, True)
     shown = help_of(capsys, kind=ForkConfig, doc="What this fork does.")
     assert "What this fork does." in shown and "ours: share of warmth [0.5]" in shown
-    assert "pulled towards" not in shown
+    assert "pulled towards" not in shown and "--plain" not in shown
+    assert make_config(ForkConfig, plain=-1).plain == -1
     with pytest.raises(BadInput, match=r"warmth is 1.0: it must be in \[0, 1\)"):
         make_config(ForkConfig, warmth=1.0)
 
@@ -199,6 +201,8 @@ def test_a_fork_may_bring_sizes_of_its_own():
 
 
 def test_what_a_resume_may_change_is_told_by_the_field_itself():
-    free = {field.name for field in dataclasses.fields(ForkConfig) if field.metadata["free"]}
+    free = {field.name for field in dataclasses.fields(ForkConfig) if field.metadata.get("free")}
     assert {"lr", "steps", "workers", "accum", "log_every", "save_every", "chatty"} <= free
-    assert not {"warmth", "method", "seed", "batch_size", "mask_ratio", "num_classes"} & free
+    assert (
+        not {"warmth", "method", "seed", "batch_size", "mask_ratio", "num_classes", "plain"} & free
+    )

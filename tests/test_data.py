@@ -288,9 +288,14 @@ def test_a_file_whose_writing_was_killed_is_written_again_and_no_other(tmp_path,
         assert torch.equal(keep_latents(run, images, files), whole)
         after = [(Path(file).read_bytes(), os.stat(file).st_mtime_ns) for file in files]
         assert after[3][0] == before[3][0] and after[:3] + after[4:] == before[:3] + before[4:]
+    for odd in (b"no numbers", b"PK\x03\x04 no zip", before[0][0][:128]):
+        Path(files[3]).write_bytes(odd)
+        assert torch.equal(keep_latents(run, images, files), whole)
+    np.save(files[3], np.ones((8, 3, 2), np.float16))  # of another shape
+    assert torch.equal(keep_latents(run, images, files), whole)
     os.remove(files[3])
     assert torch.equal(keep_latents(run, images, files), whole)
-    assert encoded == [6] * 8
+    assert encoded == [6] * 12
 
 
 def test_what_another_process_wrote_is_what_is_used(tmp_path, vae):

@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_touched(damage, tmp
 
 
 def test_latest_is_replaced_and_milestones_stay(tmp_path):
-    train(config(tmp_path, save_every=1, milestone_every=3))
+    train(config(tmp_path, save_every=2, milestone_every=3))
     kept = sorted(path.name for path in tmp_path.glob("*.pt"))
     assert kept == ["latest.pt", "step-0000003.pt", "step-0000006.pt"]
     steps = [torch.load(tmp_path / name, weights_only=True)["step"] for name in kept]
@@ -148,9 +148,10 @@ def test_a_milestone_is_what_the_run_was_then(whole, tmp_path):
 def test_a_signal_finishes_the_step_saves_and_exits_0(number, whole, tmp_path):
     (run,) = start(tmp_path, "--steps=100000", "--save_every=100000")
     os.kill(run.pid, number)
-    status, _, errors = run.end(timeout=60)
+    status, shown, errors = run.end(timeout=60)
     step = checkpoint(tmp_path)["step"]
     assert status == 0 and 0 < step < 100_000, errors
+    assert f"stopped and saved at step {step}: the same command goes on" in shown
     assert [line["step"] for line in log(tmp_path)] == list(range(3, step + 1, 3))
     assert list(tmp_path.glob("*.png")) == []  # that is for the end of a run
     if step < 8:
@@ -180,8 +181,8 @@ def test_a_signal_to_the_whole_job_leaves_the_data_workers_alive_for_the_last_st
     flags += ("--steps=100000", "--save_every=100000")
     (run,) = start(tmp_path / "out", *flags, before=os.setsid)
     os.killpg(run.pid, signal.SIGTERM)
-    status, _, errors = run.end(timeout=60)
-    assert status == 0, errors
+    status, shown, errors = run.end(timeout=60)
+    assert status == 0 and "stopped and saved" in shown, errors
     assert checkpoint(tmp_path / "out")["step"] > 0
 
 
@@ -190,6 +191,7 @@ def test_all_ranks_stop_after_the_same_step_when_one_is_told_to(tmp_path):
     os.kill(ranks[1].pid, signal.SIGTERM)
     ends = [rank.end(timeout=60) for rank in ranks]
     assert [status for status, _, _ in ends] == [0, 0], ends
+    assert [shown.count("stopped and saved at step") for _, shown, _ in ends] == [1, 0]
     step = checkpoint(tmp_path)["step"]
     assert 0 < step < 100_000 and log(tmp_path)[-1]["step"] == step - step % 3
 
@@ -198,8 +200,16 @@ def test_all_ranks_stop_after_the_same_step_when_one_is_told_to(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-@pytest.mark.parametrize("log_every, save_every, good", [(100, 5, 5), (7, 5, 5), (100, 4, 4)])
-def test_weights_that_are_not_finite_are_never_saved(bad, log_every, save_every, good, tmp_path):
+@pytest.mark.parametrize(
+    "every, good, found",
+    [
+        (dict(save_every=5), 5, 8),
+        (dict(save_every=5, log_every=7), 5, 7),
+        (dict(save_every=3, log_every=6), 3, 6),
+        (dict(milestone_every=4), 4, 8),
+    ],
+)
+def test_weights_that_are_not_finite_are_never_saved(bad, every, good, found, tmp_path):
     """They break in step 6, and are found at the next line of the log, save, or end."""
     steps = []
 
@@ -212,8 +222,7 @@ def test_weights_that_are_not_finite_are_never_saved(bad, log_every, save_every,
             losses["loss"].register_hook(lambda gradient: gradient * math.inf)
         return losses
 
-    settings = config(tmp_path, log_every=log_every, save_every=save_every, milestone_every=1)
-    found = 7 if log_every == 7 else 8
+    settings = config(tmp_path, **(dict(log_every=100, save_every=100) | every))
     with pytest.raises(BadInput, match=f"step {found}: weights not finite.*smaller --lr") as error:
         train(settings, training_losses=broken)
     assert "\n" not in str(error.value) and len(steps) == found
@@ -247,7 +256,9 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path):
     (run,) = start(tmp_path, "--steps=6", "--save_every=3", before=small_disk)
     status, _, errors = run.end(timeout=60)
     assert status == 1 and f"cannot save {tmp_path}/latest.pt" in errors
-    assert checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.tmp"))
+    assert checkpoint(tmp_path)["step"] == 3
+    train(config(tmp_path, steps=6))  # there is room again
+    assert checkpoint(tmp_path)["step"] == 6 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_disk_too_small_for_the_latents_is_one_sentence(tmp_path, small_vae_file):
@@ -351,6 +362,7 @@ class ForkConfig(Config):
     method: str = setting("fork", "this fork")
     warmth: float = setting(0.5, "ours: changes the result")
     chatty: bool = setting(False, "ours: changes nothing", free=True)
+    plain: int = 3
 
 
 def test_a_forks_setting_is_free_only_if_it_says_so(tmp_path):
@@ -360,6 +372,8 @@ def test_a_forks_setting_is_free_only_if_it_says_so(tmp_path):
     run()
     with pytest.raises(BadInput, match=r"other settings \(warmth 0.5 there, 0.25 here\)"):
         run(warmth=0.25)
+    with pytest.raises(BadInput, match=r"other settings \(plain 3 there, 4 here\)"):
+        run(plain=4)
     run(chatty=True, steps=2)
     assert checkpoint(tmp_path)["config"]["chatty"] and checkpoint(tmp_path)["step"] == 2
     with pytest.raises(BadInput, match=r"\(method fork there, maskalign here\)"):

@@ -224,10 +224,13 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch
         Path(path).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(BadInput, match="cannot save .*latest.pt .No space left on device"):
-        train(make_config(out=str(tmp_path), **TINY))
-    assert checkpoint(tmp_path)["step"] == 3 and not list(tmp_path.glob("*.tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        with pytest.raises(BadInput, match="cannot save .*latest.pt: .*No space left on device"):
+            train(make_config(out=str(tmp_path), **TINY))
+    assert checkpoint(tmp_path)["step"] == 3
+    train(make_config(out=str(tmp_path), **TINY))  # there is room again
+    assert checkpoint(tmp_path)["step"] == 6 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_two_processes_follow_one(one_run, tmp_path):
