@@ -961,6 +961,8 @@ def train(
             preview(run, sampler)
         if stopped:
             break
+    if run.rank == 0 and run.step < config.steps:
+        tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
 
 
 def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
