@@ -802,12 +802,11 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     told |= dict(z_dim=teacher.dim) if teacher else {}
     config = dataclasses.replace(config, **told)
 
-    # What is trained, and its average.
+    # What is trained, and its average; AdamW's betas are those of Tab. 7.
     run = Run(config, rank, world_size, device, dataset, vae, teacher)
     run.model = run.ddp_model = build_model(config).to(device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
-    how = dict(lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)  # Tab. 7
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), **how)
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), config.lr, weight_decay=0, fused=True)
     resume(run)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
