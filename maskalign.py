@@ -731,10 +731,10 @@ class FolderImages(torchvision.datasets.DatasetFolder):
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
     """Mean and std of a batch's latents (N, 2C, h, w), from a float16 file for each image, written
     when the image is first seen: what is written is what is used."""
-    rows = {}
+    rows, (channels, h, w) = {}, run.config.latent_shape
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
-            rows[file] = np.load(file)
+            rows[file] = np.load(file).reshape(2 * channels, h, w)
     if len(rows) < len(set(files)):  # the whole batch is encoded: other shapes round otherwise
         encoded = encode_images(run.vae, images).half().cpu().numpy()
         for file, row in zip(files, encoded, strict=True):
