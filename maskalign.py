@@ -25,9 +25,7 @@ import re
 import signal
 import sys
 import time
-import urllib.request
-import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import huggingface_hub
@@ -41,7 +39,6 @@ from PIL import Image
 from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
@@ -52,11 +49,11 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def explained(sentence: str):
-    """Any error inside becomes BadInput: the sentence, and in brackets what went wrong."""
+    """Any error inside becomes BadInput: the sentence, and in brackets the error's first."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = " ".join(str(error).split()).split(". ")[0][:150]
         raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
 
 
@@ -88,7 +85,6 @@ DEMO = dict(  # what holds without --data: drawn shapes, and a run of minutes on
     lr=3e-3,
     ema_decay=0.99,
     workers=0,
-    save_every=500,
 )
 RULES = {  # what a number may be
     "above 0": lambda value: 0 < value < math.inf,
@@ -163,8 +159,7 @@ def require(config: Config, name: str, fits: bool, rule: str) -> None:
 
 
 def make_config(kind: type = Config, /, **typed) -> Config:
-    """Defaults, then DEMO (if no data), SIZES row, METHODS row, `typed`. Raises BadInput.
-    kind: Config, or a fork's subclass of it, whose defaults are its method."""
+    """Defaults of kind, then DEMO if no data, rows of SIZES and METHODS, typed. Raises BadInput."""
     merged = {field.name: field.default for field in dataclasses.fields(kind)}
     merged |= ({} if typed.get("data") else DEMO) | typed
     for name, table in (("size", kind.sizes), ("method", METHODS | {kind.method: {}})):
@@ -187,17 +182,14 @@ def make_config(kind: type = Config, /, **typed) -> Config:
 
 
 def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc__) -> Config:
-    """Config from the command line: a flag for each field that has a note, which is its help."""
-    plain = argparse.RawDescriptionHelpFormatter
+    """Config from the command line: a flag for each field with a note, which is its help."""
+    plain, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=doc, formatter_class=plain, allow_abbrev=False)
     for field in dataclasses.fields(kind):
-        note = field.metadata.get("note")
-        shown = f"{note} [{field.default}]".replace("%", "%%")
-        how = dict(default=argparse.SUPPRESS, help=shown, type=field.type)
-        if field.type is bool:
-            how |= dict(action=argparse.BooleanOptionalAction)
-        if note:
-            parser.add_argument(f"--{field.name}", **how)
+        shown = f"{field.metadata.get('note')} [{field.default}]".replace("%", "%%")
+        how = dict(action=switch) if field.type is bool else dict(type=field.type)
+        if field.metadata.get("note"):
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=shown, **how)
     return make_config(kind, **vars(parser.parse_args(argv)))
 
 
@@ -217,7 +209,8 @@ class Run:
     ema: nn.Module | None = None  # running average of the weights
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # steps done
-    sums: dict = dataclasses.field(default_factory=dict)  # for the next line of the log
+    sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last log line
+    log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
 
 
 def seeded(device, *key) -> torch.Generator:
@@ -228,14 +221,12 @@ def seeded(device, *key) -> torch.Generator:
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
-    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines of t, then a small MLP. Made for t
-    up to 1000; in [0, 1] the sines are nearly t itself at 128 scales, the fastest cosines bend a
-    little: enough for the MLP to read t off them."""
+    """t (...) in [0, 1] -> (..., D): 128 cosines and sines, made for t up to 1000, then an MLP. In
+    [0, 1] sines are nearly t at 128 scales, fast cosines bend a little: enough to read t off."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, width: int):
         super().__init__()
-        layers = nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         i = torch.arange(128, device=t.device)
@@ -260,15 +251,14 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """SiT block: h (N, K, D) -> same; the condition c (N, 1, D) sets shifts, scales and gates.
-    adaLN-Zero: the layer that makes them starts at zero. So at first every gate is shut and every
-    block is the identity; training opens the gates as it finds use for a block."""
+    """h (N, K, D) -> same; c (N, 1, D) sets shifts, scales and gates. adaLN-Zero: what makes them
+    starts at zero, so each block as the identity; training opens a gate when its block helps."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)  # scaled_dot_product_attention
-        self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=GELUTanh)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.attn = Attention(width, num_heads, qkv_bias=True)
+        self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)
@@ -279,11 +269,11 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens -> velocities: patches (N, K, out_dim), class token (N, cls_dim) or None."""
 
-    def __init__(self, hidden_size: int, out_dim: int, cls_dim: int):
+    def __init__(self, width: int, out_dim: int, cls_dim: int):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_dim)
-        self.cls_head = nn.Linear(hidden_size, cls_dim) if cls_dim else None
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(width, out_dim)
+        self.cls_head = nn.Linear(width, cls_dim) if cls_dim else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, h: Tensor, c: Tensor) -> tuple:
         h = modulate(h, *self.adaLN_modulation(c).chunk(2, -1))
@@ -309,11 +299,10 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=None) -> Tensor:
-    """Draws S: ids_keep (n, round((1 - mask_ratio) num_tokens)), uniform without replacement,
-    anew for each image, ascending (so ratio 0 is the identity), on the generator's device."""
+    """ids_keep (n, round((1 - mask_ratio) num_tokens)): uniform, for each image anew, ascending."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
-    where = dict(generator=generator, device=generator and generator.device)
-    scores = torch.rand(n, num_tokens, **where)
+    device = generator.device if generator else None
+    scores = torch.rand(n, num_tokens, generator=generator, device=device)
     return scores.argsort(dim=-1)[:, :len_keep].sort(dim=-1).values
 
 
@@ -330,9 +319,7 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
 
 
 class SiT(nn.Module):
-    """Scalable interpolant transformer, with REPA's projector after block align_depth (from 1),
-    REG's class token, and our mixer: blocks before the mask, not counted in depth. Draws nothing.
-    """
+    """SiT with REPA's projector, REG's class token, and the mixer: blocks before the mask."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -380,9 +367,8 @@ class SiT(nn.Module):
 
     def forward(self, x, t, y, cls=None, ids_keep=None) -> SiTOutput:
         """Noisy x (N, C, H, W) at times t (N,) in [0, 1], labels y (N,), noisy cls (N, z_dim);
-        ids_keep (N, K): the patch tokens that enter the blocks, None: all, as in sampling
-        -> velocities v (N, K, p*p*C), v_cls (N, z_dim); projected tokens z_pred (N, [1+]K, z_dim).
-        """
+        ids_keep (N, K): the patches that enter the blocks, None: all, as in sampling
+        -> velocities v (N, K, p*p*C), v_cls (N, z_dim); projected z_pred (N, [1+]K, z_dim)."""
         h, c = self.embed(x, t, y, cls)  # (N, [1+]T, D)
         h = gather_tokens(h, ids_keep, self.class_token)  # the mask: (N, [1+]K, D)
         z_pred = None
@@ -425,9 +411,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def draw_step(run: Run, generator: torch.Generator) -> dict:
-    """Everything random in a step, for the whole batch of n images: t (n,) in [0, 1), noise
-    (n, C, H, W), cls_noise (n, z_dim), ids_keep (n, K) or None (all), drop (n,): True where the
-    label becomes the null class, eps (n, C, H, W): noise of the VAE's encoder."""
+    """Everything random in a step, for the whole batch of n images. ids_keep (n, K) or None: all;
+    drop (n,): True where the label becomes null; eps: noise of the VAE's encoder."""
     config, n, ids_keep = run.config, run.config.batch_size, None
     on = dict(generator=generator, device=generator.device)
     if config.mask_ratio > 0:
@@ -449,18 +434,16 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x + t * noise
 
 
-def training_losses(
-    model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None
-) -> dict:
-    """The objective on a batch: {"loss", "denoise", "cls", "align"}, scalars; 0: not of the method.
-    x (N, C, H, W) clean latents, y (N,) labels, z (N, 1+T, z_dim) teacher tokens, class token first
-    (None for `sit`); the random draws are those of draw_step; model is called as SiT.forward."""
-    x_t, cls_t = add_noise(x, noise, t), None
+def training_losses(model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None):
+    """{"loss", "denoise", "cls", "align"} of a batch, scalars; 0: not of the method. Clean latents
+    x (N, C, H, W), labels y (N,), teacher tokens z (N, 1+T, z_dim), class token first, or None;
+    the rest are the draws of draw_step, cut to the batch."""
+    cls_t = None
     if config.class_token:  # the same t, noise of its own
         cls = at_least_float32(z[:, 0])
         cls_t = add_noise(cls, cls_noise, t)
     y = torch.where(drop, config.num_classes, y)  # the null class
-    v, v_cls, z_pred = model(x_t, t, y, cls_t, ids_keep)
+    v, v_cls, z_pred = model(add_noise(x, noise, t), t, y, cls_t, ids_keep)
 
     # Dropped tokens are neither predicted nor aligned: all means run over the kept ones.
     v_target = patchify(noise - x, config.patch_size)  # d x_t / dt: (N, T, p*p*C)
@@ -493,12 +476,11 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
     None at t = 1 to latents like x at t = 0, of labels y (N,). cfg_scale w > 1 is classifier-free
     guidance: v = v_null + w (v_label - v_null) goes further in the direction of the label."""
     state = [part.double() for part in (x, cls) if part is not None]  # float32 sums lose digits
-    null = torch.full_like(y, model.num_classes)
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     for t, t_next in zip(times, times[1:], strict=False):
         v = velocities(model, state, t, y, x.dtype)
         if cfg_scale > 1:
-            v_null = velocities(model, state, t, null, x.dtype)
+            v_null = velocities(model, state, t, torch.full_like(y, model.num_classes), x.dtype)
             v = [b + cfg_scale * (a - b) for a, b in zip(v, v_null, strict=True)]
         state = [part + (t_next - t) * dx for part, dx in zip(state, v, strict=True)]
     return state[0].to(x.dtype)
@@ -507,61 +489,48 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
 # ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
 def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
-    Executes nothing that is in a file. Raises BadInput: unreadable, or offline without a file."""
-    name = path or f"{filename} of {repo}"
+    Runs no code of a file. Raises BadInput: unreadable, or offline without a file."""
     advice = f": run once with internet, or pass {flag} FILE" if flag else ""
-    with explained(f"cannot read {name}{advice}"):
+    with explained(f"cannot read {path or f'{filename} of {repo}'}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
-        if not path:  # ask once ourselves: offline, the hub's own client tries again for 45 s
-            urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/{repo}", timeout=10)
-            path = huggingface_hub.hf_hub_download(repo, filename)
+        path = path or huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        zipped = zipfile.is_zipfile(path)  # before torch 1.6 files were none, and cannot be mapped
-        if zipped and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
-            raise ValueError("a part of it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class ViTTeacher(nn.Module):
-    """A frozen timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, patches
-    in raster order. "classifier": a tiny one for build_teacher to train. Raises BadInput."""
+    """A timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, then patches.
+    "classifier": a tiny one, for build_teacher to train. Raises BadInput."""
 
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
         tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
         arch, how = ("vit_tiny_patch16_224", tiny) if name == "classifier" else (name, {})
-        known = f"{Config.teacher}, or classifier"
-        with explained(f"teacher {name!r} is no ViT of timm with a class token: try {known}"):
-            patch = how.get("patch_size") or int(re.search(r"vit_.*patch(\d+)", arch)[1])
-            self.size = grid * patch
+        with explained(f"teacher {name!r} is no ViT of timm with a class token"):
+            self.size = grid * (how.get("patch_size") or int(re.search(r"patch(\d+)", arch)[1]))
             self.vit = timm.create_model(arch, img_size=self.size, num_classes=0, **how)
             if self.vit.cls_token is None or isinstance(self.vit.norm, nn.Identity):
                 raise ValueError("no class token, or no last norm")
+        source = self.vit.pretrained_cfg
         if name != "classifier":
-            self.load(weights)
-        self.dim, source = self.vit.num_features, self.vit.pretrained_cfg
+            repo = source["hf_hub_id"]
+            state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
+            with explained(f"{weights or repo} holds weights of another model"):
+                # From timm's or Meta's names; positions are resampled to our grid.
+                convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
+                missing, _ = self.vit.load_state_dict(convert(state, self.vit), strict=False)
+                if missing:  # it would stay random
+                    raise ValueError(f"{missing[0]} is not in it")
+        self.dim = self.vit.num_features
         constants = torch.tensor([source["mean"], source["std"]], dtype=torch.float64)
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
 
-    def load(self, weights: str) -> None:
-        """Reads timm's names or the authors'; every tensor of ours must be in the file, and every
-        block of the file be ours. Its heads and mask token are left out."""
-        repo, vit = self.vit.pretrained_cfg["hf_hub_id"], self.vit
-        state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
-        with explained(f"{weights or repo} holds weights of another model"):
-            # timm resamples positions (bicubic, antialias) to our grid.
-            convert = sys.modules[type(vit).__module__].checkpoint_filter_fn
-            missing, unused = vit.load_state_dict(convert(state, vit), strict=False)
-            odd = missing + [key for key in unused if key.startswith("blocks.")]
-            if odd:
-                raise ValueError(f"{odd[0]} is only in one of them")
-
     def forward(self, images: Tensor) -> Tensor:
         # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
-        dtype = next(self.parameters()).dtype
-        mean, std = self.mean_std.to(dtype)
-        x = F.interpolate((images.to(dtype) / 255 - mean) / std, self.size, mode="bicubic")
+        pixels = images.to(self.vit.cls_token.dtype) / 255
+        mean, std = self.mean_std.to(pixels.dtype)
+        x = F.interpolate((pixels - mean) / std, self.size, mode="bicubic")
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens :]  # skips registers, if it has some
@@ -591,11 +560,12 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
 
 
 class AutoencoderKL:
-    """Stable Diffusion's VAE, images in [-1, 1] (N, 3, H, W) <-> latents (N, 4, H/8, W/8): its
-    tensors, by diffusers' names, and the order in which they act. Raises BadInput."""
+    """Stable Diffusion's VAE: images (N, 3, H, W) in [-1, 1] <-> unscaled latents (N, 4, h, w)."""
+
+    scale = 0.18215  # gives latents a variance of about 1
 
     def __init__(self, state_dict: dict, path: str = "the state dict"):
-        # Files of before 2023 name the four layers of the attention otherwise.
+        # Files of before 2023 have other names in the attention.
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
         self.tensors = dict(zip(names, state_dict.values(), strict=True))
@@ -625,7 +595,7 @@ class AutoencoderKL:
         return self.resnet(f"{name}.resnets.1", x + h.mT.reshape(x.shape))
 
     def encode(self, images: Tensor) -> tuple:
-        """Mean and standard deviation of the latents, unscaled."""
+        """Mean and standard deviation of the latents."""
         h = self.conv("encoder.conv_in", images)
         for i in range(4):
             for j in range(2):
@@ -638,7 +608,6 @@ class AutoencoderKL:
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of unscaled latents, about in [-1, 1]."""
         h = self.conv("decoder.conv_in", self.conv("post_quant_conv", latents))
         h = self.middle("decoder.mid_block", h)
         for i in range(4):
@@ -655,28 +624,25 @@ def build_vae(config: Config, device) -> AutoencoderKL | None:
     if config.vae == "none":
         return None
     path, file = config.vae_weights, "diffusion_pytorch_model.safetensors"
-    vae = AutoencoderKL(read_weights(path, config.vae, file, "--vae_weights"), path or config.vae)
-    vae.tensors = {name: value.float().to(device) for name, value in vae.tensors.items()}
-    return vae
-
-
-SD_SCALE, PIXEL_SCALE = 0.18215, 2.0  # to variance about 1: SD-VAE's own; ours for [-1, 1]
+    state = read_weights(path, config.vae, file, "--vae_weights")
+    state = {name: value.to(device).float() for name, value in state.items()}
+    return AutoencoderKL(state, path or config.vae)
 
 
 def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> mean and standard deviation of the scaled latents, (N, 2C, h, w)."""
+    """uint8 (N, 3, H, W) -> mean and std of the scaled latents (N, 2C, h, w)."""
     x = images.float() / 127.5 - 1
     if vae is None:
-        return torch.cat([PIXEL_SCALE * x, torch.zeros_like(x)], dim=1)
-    return SD_SCALE * torch.cat([torch.cat(vae.encode(some), dim=1) for some in x.split(32)])
+        return torch.cat([2 * x, torch.zeros_like(x)], dim=1)  # a variance of about 1, too
+    return vae.scale * torch.cat([torch.cat(vae.encode(some), dim=1) for some in x.split(32)])
 
 
 def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     """Scaled latents -> images uint8 (N, 3, H, W); truncated, not rounded, as REPA does."""
     if vae is None:
-        images = x.float() / PIXEL_SCALE
+        images = x.float() / 2
     else:
-        images = torch.cat([vae.decode(some / SD_SCALE) for some in x.float().split(32)])
+        images = torch.cat([vae.decode(some / vae.scale) for some in x.float().split(32)])
     return (255 * (images + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 
@@ -724,8 +690,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; 16 bits, which Pillow would clip to noise, are scaled. Raises ValueError for
-    32-bit and float images, of which nobody knows what white is."""
+    """RGB of any mode; 16 bits, which Pillow would clip, are scaled. Raises ValueError."""
     wide = image.mode == "I" and image.format in ("PNG", "PPM")  # Pillow's name for some of them
     if wide or image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
@@ -739,19 +704,16 @@ IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
 
 
 class FolderImages(torchvision.datasets.DatasetFolder):
-    """class/*.jpg or train/class/*.jpg; items (crop uint8 (3, S, S), label), and with a cache the
-    name of the file for the image's latents. Raises BadInput."""
+    """class/*.jpg or train/class/*.jpg -> crop uint8 (3, S, S), label, and with a cache the file
+    for the image's latents. Raises BadInput."""
 
     def __init__(self, folder: str, size: int):
         self.size, self.cache = size, None
         with explained(f"--data {folder} must hold images as class/*.jpg"):
-            names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-            # A `train` beside folders that are no splits is a class called so.
-            if "train" in names and names <= {"train", "val", "valid", "validation", "test"}:
-                folder = os.path.join(folder, "train")
+            train = Path(folder, "train")
+            if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
+                folder = train
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
-            for path, _ in self.samples[:: 1 + len(self) // 1000]:
-                Image.open(path).close()
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
@@ -761,29 +723,27 @@ class FolderImages(torchvision.datasets.DatasetFolder):
         if self.cache is None:
             return image, label
         # Another image of the same name has another date or length.
-        key = os.path.relpath(path, self.root), os.stat(path).st_mtime_ns, os.stat(path).st_size
-        name = hashlib.sha256(repr((self.size, *key)).encode()).hexdigest()
-        return image, label, os.path.join(self.cache, name[:2], f"{name[2:32]}.npy")
+        date, length = os.stat(path).st_mtime_ns, os.stat(path).st_size
+        name = f"{os.path.relpath(path, self.root)}-{self.size}-{date}-{length}.npy"
+        return image, label, os.path.join(self.cache, name)
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of a batch's latents (N, 2C, h, w), read from one file for each image. Those
-    without are encoded and written, as float16: what is written is what is used. A file cut short
-    by a kill counts as none, and processes and machines can share them."""
-    rows, (channels, h, w) = [None] * len(files), run.config.latent_shape
-    for k, file in enumerate(files):
-        with contextlib.suppress(Exception):  # missing, or damaged
-            rows[k] = torch.from_numpy(np.load(file)).view(2 * channels, h, w)
-    missing = [k for k, row in enumerate(rows) if row is None]
-    if missing:  # the whole batch is encoded: other shapes round otherwise
-        encoded = encode_images(run.vae, images).half().cpu()
-        if not encoded.isfinite().all():
-            raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
-        for k in missing:
-            rows[k] = encoded[k]
-            os.makedirs(os.path.dirname(files[k]), exist_ok=True)
-            np.save(files[k], encoded[k].numpy())
-    return torch.stack(rows).to(run.device, non_blocking=True).float()
+    """Mean and std of a batch's latents (N, 2C, h, w), from a float16 file for each image, written
+    when the image is first seen: what is written is what is used."""
+    rows, (channels, h, w) = {}, run.config.latent_shape
+    for file in files:
+        with contextlib.suppress(Exception):  # missing, or cut short by a kill
+            rows[file] = np.load(file).reshape(2 * channels, h, w)
+    if len(rows) < len(set(files)):  # the whole batch is encoded: other shapes round otherwise
+        encoded = encode_images(run.vae, images).half().cpu().numpy()
+        for file, row in zip(files, encoded, strict=True):
+            if file not in rows:
+                rows[file] = row
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                np.save(file, row)
+    latents = np.stack([rows[file] for file in files])
+    return torch.from_numpy(latents).to(run.device).float()
 
 
 @torch.no_grad()
@@ -798,33 +758,29 @@ def load_batch(run: Run, batch: list, eps: Tensor) -> tuple:
 
 def index_batches(run: Run):
     """Yields this rank's micro-batches of image indices; the seed permutes each epoch's images."""
-    config, count, order, epoch = run.config, len(run.dataset), [], -1
-    for step in range(run.step, config.steps):
-        batch = []
-        for place in range(step * config.batch_size, (step + 1) * config.batch_size):
-            if place // count != epoch:
-                epoch = place // count
-                generator = seeded("cpu", "epoch", config.seed, epoch)
-                order = torch.randperm(count, generator=generator).tolist()
-            batch.append(order[place % count])
-        shares = np.array_split(batch, run.world_size * config.accum)
-        yield from shares[run.rank * config.accum : (run.rank + 1) * config.accum]
+    config, count, order, batch = run.config, len(run.dataset), [], []
+    for place in range(run.step * config.batch_size, config.steps * config.batch_size):
+        if not order or place % count == 0:
+            generator = seeded("cpu", "epoch", config.seed, place // count)
+            order = torch.randperm(count, generator=generator).tolist()
+        batch.append(order[place % count])
+        if len(batch) == config.batch_size:
+            shares = np.array_split(batch, run.world_size * config.accum)
+            yield from shares[run.rank * config.accum : (run.rank + 1) * config.accum]
+            batch = []
 
 
 # ---- 8. The training loop ------------------------------------------------------------------------
 def setup_distributed() -> tuple:
     """(rank, world_size, device) as torchrun says; plain python is one process."""
     rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("LOCAL_WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    else:  # torchrun gives each process one thread: share the cores instead
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_size))
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world_size, device
 
 
@@ -846,17 +802,22 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     told |= dict(z_dim=teacher.dim) if teacher else {}
     config = dataclasses.replace(config, **told)
 
-    # What is trained, and its average.
+    # What is trained, and its average; AdamW's betas are those of Tab. 7.
     run = Run(config, rank, world_size, device, dataset, vae, teacher)
     run.model = run.ddp_model = build_model(config).to(device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
-    weights, betas = run.model.parameters(), (0.9, 0.999)  # Tab. 7
-    run.optimizer = torch.optim.AdamW(weights, config.lr, betas, weight_decay=0.0, fused=True)
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), config.lr, weight_decay=0, fused=True)
     resume(run)
+    if rank == 0:
+        os.makedirs(config.out, exist_ok=True)
+        print(
+            f"{config.method}, {config.size}, {len(dataset)} images, {world_size} x {device.type}"
+        )
+        print(f"steps {run.step} to {config.steps}; {config.out}")
     if config.compile and device.type == "cuda":
         run.model.compile()  # in place: names of weights stay
     if world_size > 1:
-        run.ddp_model = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        run.ddp_model = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     return run
 
 
@@ -874,41 +835,26 @@ def resume(run: Run) -> None:
     for name in ("model", "ema", "optimizer"):
         getattr(run, name).load_state_dict(saved[name])
     run.optimizer.param_groups[0]["lr"] = config.lr  # as typed now, not as it was then
-    run.step, run.sums = saved["step"], saved["sums"]
-
-
-def begin_log(run: Run) -> None:
-    """Tells what is about to run, and drops what a killed run logged after its last save."""
-    config, log = run.config, Path(run.config.out, "log.jsonl")
-    size = f"{config.size}, {sum(p.numel() for p in run.model.parameters()):,} weights"
-    data = f"{len(run.dataset)} images, {run.world_size} x {run.device.type}"
-    print(f"{config.method}, {size}, {data}, steps {run.step} to {config.steps}; {config.out}")
-    if run.step >= config.steps:
-        print("finished: raise --steps for more, or name another --out")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]
-    log.write_text("".join(line for line in whole if json.loads(line)["step"] <= run.step))
+    run.step, run.sums, run.log = saved["step"], Counter(saved["sums"]), saved["log"]
 
 
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
     """One step of the optimizer; adds its losses to run.sums."""
-    config, device, means = run.config, run.device, {}
+    config, device, means = run.config, run.device, Counter()
     # Drawn for the whole batch on every rank: 1, 2 or 8 processes follow one trajectory.
     drawn = draw_step(run, seeded(device, "step", config.seed, run.step))
     shares = run.world_size * config.accum
     for micro in range(config.accum):
         share = run.rank * config.accum + micro
-        # What is no tensor is handed on as it is.
         mine = {k: v.chunk(shares)[share] if torch.is_tensor(v) else v for k, v in drawn.items()}
         x, y, z = load_batch(run, next(batches), mine.pop("eps"))
         run.ddp_model.require_backward_grad_sync = micro + 1 == config.accum
         with torch.autocast(device.type, torch.bfloat16, config.bf16 and device.type == "cuda"):
             losses = training_losses(run.ddp_model, x, y, z, config, **mine)
         (losses["loss"] / config.accum).backward()
-        for name, value in losses.items():
-            means[name] = means.get(name, 0.0) + value.detach() / shares
+        means.update({name: value.detach() / shares for name, value in losses.items()})  # adds
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    means["grad_norm"] = grad_norm / run.world_size
     run.optimizer.step()
     run.optimizer.zero_grad()
 
@@ -917,38 +863,36 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
     torch._foreach_lerp_(list(run.ema.parameters()), weights, 1 - config.ema_decay)
     run.step += 1
 
-    # No value is read here: that would wait for the GPU.
-    values = torch.stack([*means.values(), grad_norm / run.world_size])
+    values = torch.stack(list(means.values()))  # not read here: that would wait for the GPU
     if run.world_size > 1:
         dist.all_reduce(values)
-    for name, value in zip((*means, "grad_norm"), values, strict=True):
-        run.sums[name] = run.sums.get(name, 0.0) + value
-    run.sums["steps"] = run.sums.get("steps", 0) + 1
+    run.sums.update(dict(zip(means, values, strict=True), steps=1))
 
 
 def report(run: Run, images_per_s: float) -> None:
     """Logs the means of the steps since the last line."""
     steps = run.sums.pop("steps")
-    means = (torch.stack(list(run.sums.values())) / steps).tolist()
-    record = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
-    record["images_per_s"], run.sums = images_per_s, {}
+    means = {name: (value / steps).item() for name, value in run.sums.items()}
+    line = dict(step=run.step, **means, images_per_s=images_per_s)
+    run.sums, run.log = Counter(), [*run.log, line]
     if run.rank == 0:
-        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in record.items() if value))
-        with open(Path(run.config.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
+        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
+        # Written anew: so it forgets what a killed run did after its last save.
+        text = "".join(json.dumps(line) + "\n" for line in run.log)
+        Path(run.config.out, "log.jsonl").write_text(text)
 
 
 def require_finite(run: Run) -> None:
-    """Raises BadInput on all ranks before weights that broke are saved or trained further."""
+    """Raises BadInput, on all ranks, if weights broke."""
     if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
-        way_out = f"go on from {run.config.out}/latest.pt, if it is there, with a smaller --lr"
-        raise BadInput(f"step {run.step}: weights not finite, and not saved: {way_out}")
+        raise BadInput(f"step {run.step}: weights not finite, and not saved: try a smaller --lr")
 
 
 def save(run: Run) -> None:
     """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
-    parts = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
-    state = dict(parts, step=run.step, sums=run.sums, config=dataclasses.asdict(run.config))
+    state = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
+    state |= dict(step=run.step, sums=dict(run.sums), log=run.log)
+    state["config"] = dataclasses.asdict(run.config)
     milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
@@ -960,13 +904,12 @@ def save(run: Run) -> None:
 
 
 def preview(run: Run, sampler) -> None:
-    """Draws 8 images of each of 8 classes, a row each, from the same noise at every step."""
+    """Draws 8 classes, a row of 8 images each, from the same noise every time."""
     config, device = run.config, run.device
     y = torch.arange(64, device=device) // 8 * config.num_classes // 8
     on = dict(generator=seeded(device, "preview", config.seed), device=device)
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None
-    # Guided: ours, pictures to recognise.
     x = sampler(run.ema, noise, y, cls, num_steps=config.preview_steps, cfg_scale=2.0)
     images = decode_latents(run.vae, x).cpu() / 255
     images = F.interpolate(images, scale_factor=max(1, 96 // config.image_size))  # big pixels
@@ -991,11 +934,8 @@ def train(
     sampler=euler_ode,
     signals=(),
 ) -> None:
-    """Trains from the newest checkpoint on; a fork hands in functions of its own for ours. Once
-    `signals` is not empty on one rank, all of them save after the step and return."""
+    """Trains from the newest checkpoint on; once a rank finds `signals`, all save and return."""
     run = set_up(config, build_model, build_teacher)
-    if run.rank == 0:
-        begin_log(run)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
     batches = iter(DataLoader(run.dataset, batch_sampler=index_batches(run), **how))
@@ -1018,15 +958,14 @@ def train(
             save(run)
         if run.rank == 0 and (last or run.step % config.sample_every == 0):
             preview(run, sampler)
-        if stopped and run.rank == 0:
-            tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
         if stopped:
             break
+    if run.rank == 0 and run.step < config.steps:
+        tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
 
 
 def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
-    """Trains from the command line; bad input ends it with one sentence. A fork hands in its own
-    train(config, signals=...), kind of Config and docstring, which is its --help."""
+    """The command line. A fork hands in its train(config, signals=...), Config and docstring."""
     signals = []
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda number, _: signals.append(number))
@@ -1034,12 +973,8 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
         train(parse_config(kind=kind, doc=doc), signals=signals)
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo
-    except (BadInput, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        if isinstance(error, ConnectionResetError) or "DataLoader worker (" in str(error):
-            reason = "a data worker died (memory? /dev/shm?): type it again, or fewer --workers"
-        elif isinstance(error, RuntimeError):
-            raise
+    except (BadInput, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]  # a data worker's traceback stands before it
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
 

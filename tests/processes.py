@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["maskalign"])
@@ -24,6 +26,8 @@ def run_script(script, argv, shown, environment, before):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     multiprocessing.set_start_method(None, force=True)  # data workers start as ever, not as we did
     os.environ.update(environment)
+    if "RANK" in environment:
+        torch.set_num_threads(1)  # as torchrun
     sys.argv = [script, *argv]
     if before:
         before()
