@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -85,6 +86,7 @@ DEMO = dict(  # what holds without --data: drawn shapes, and a run of minutes on
     lr=3e-3,
     ema_decay=0.99,
     workers=0,
+    save_every=500,
 )
 RULES = {  # what a number may be
     "above 0": lambda value: 0 < value < math.inf,
@@ -104,7 +106,7 @@ class Config:
 
     method: str = setting("maskalign", "a row of METHODS: class_token to align_coeff")
     size: str = setting("SiT-XL/2", "a row of SIZES: hidden_size to projector_dim")
-    data: str = setting("", "folder with class/*.jpg or train/class/*.jpg; empty: the demo")
+    data: str = setting("", "folder: class/*.jpg or train/class/*.jpg; empty: the demo", free=True)
     seed: int = setting(0, "decides all: weights, order, noise, masks", rule="0 or above")
     class_token: bool = setting(True, "as REG: denoise the teacher's class token, too")
     mixer_depth: int = setting(2, "Tab. 7: mixing blocks before the mask", rule="0 or above")
@@ -119,9 +121,11 @@ class Config:
     patch_size: int = setting(2, "SiT-XL/2: latent pixels per token side")
     image_size: int = setting(256, "as REPA: pixels per side, after ADM's centre crop")
     vae: str = setting("stabilityai/sd-vae-ft-ema", "as REPA: SD-VAE on the hub; none: pixels")
-    vae_weights: str = setting("", "file to read instead of the hub's")
+    vae_weights: str = setting("", "file to read instead of the hub's", free=True)
     teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "Tab. 7: a timm ViT, or classifier")
-    teacher_weights: str = setting("", "file to read instead of the hub's (timm's or Meta's keys)")
+    teacher_weights: str = setting(
+        "", "file to read instead of the hub's (timm's or Meta's keys)", free=True
+    )
     teacher_steps: int = setting(500, "ours: training steps of the teacher called classifier")
     batch_size: int = setting(256, "Tab. 7: images per step, over all processes")
     lr: float = setting(1e-4, "Tab. 7: AdamW, constant", free=True)
@@ -496,7 +500,10 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         path = path or huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        zipped = zipfile.is_zipfile(path)  # before torch 1.6 files were none, and cannot be mapped
+        if zipped and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
+            raise ValueError("a part of it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 class ViTTeacher(nn.Module):
@@ -714,6 +721,8 @@ class FolderImages(torchvision.datasets.DatasetFolder):
             if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
                 folder = train
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
+            for path, _ in self.samples[:: 1 + len(self) // 1000]:
+                Image.open(path).close()
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
@@ -737,11 +746,14 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
             rows[file] = np.load(file).reshape(2 * channels, h, w)
     if len(rows) < len(set(files)):  # the whole batch is encoded: other shapes round otherwise
         encoded = encode_images(run.vae, images).half().cpu().numpy()
+        if not np.isfinite(encoded).all():
+            raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
         for file, row in zip(files, encoded, strict=True):
             if file not in rows:
                 rows[file] = row
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-                np.save(file, row)
+                with explained(f"cannot write {file}: make room, or name another --cache"):
+                    os.makedirs(os.path.dirname(file), exist_ok=True)
+                    np.save(file, row)
     latents = np.stack([rows[file] for file in files])
     return torch.from_numpy(latents).to(run.device).float()
 
@@ -810,10 +822,10 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     resume(run)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
-        print(
-            f"{config.method}, {config.size}, {len(dataset)} images, {world_size} x {device.type}"
-        )
-        print(f"steps {run.step} to {config.steps}; {config.out}")
+        where = f"{len(dataset)} images, {world_size} x {device.type}; {config.out}"
+        print(f"{config.method}, {config.size}, steps {run.step} to {config.steps}, {where}")
+    if rank == 0 and run.step >= config.steps:
+        print("finished: raise --steps for more, or name another --out")
     if config.compile and device.type == "cuda":
         run.model.compile()  # in place: names of weights stay
     if world_size > 1:
@@ -872,8 +884,9 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
 def report(run: Run, images_per_s: float) -> None:
     """Logs the means of the steps since the last line."""
     steps = run.sums.pop("steps")
-    means = {name: (value / steps).item() for name, value in run.sums.items()}
-    line = dict(step=run.step, **means, images_per_s=images_per_s)
+    means = (torch.stack(list(run.sums.values())) / steps).tolist()
+    line = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
+    line["images_per_s"] = images_per_s
     run.sums, run.log = Counter(), [*run.log, line]
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
@@ -885,7 +898,7 @@ def report(run: Run, images_per_s: float) -> None:
 def require_finite(run: Run) -> None:
     """Raises BadInput, on all ranks, if weights broke."""
     if not torch.stack([p.isfinite().all() for p in run.model.parameters()]).all():
-        raise BadInput(f"step {run.step}: weights not finite, and not saved: try a smaller --lr")
+        raise BadInput(f"step {run.step}: weights not finite, not saved: go on with a smaller --lr")
 
 
 def save(run: Run) -> None:
@@ -934,7 +947,8 @@ def train(
     sampler=euler_ode,
     signals=(),
 ) -> None:
-    """Trains from the newest checkpoint on; once a rank finds `signals`, all save and return."""
+    """Trains from latest.pt on, if it is there. A fork hands in functions of its own for ours. Once
+    a rank finds a signal in `signals`, all of them save after the step and return."""
     run = set_up(config, build_model, build_teacher)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
@@ -973,7 +987,9 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
         train(parse_config(kind=kind, doc=doc), signals=signals)
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
         reason = str(error).strip().splitlines()[-1]  # a data worker's traceback stands before it
         sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 

@@ -1,5 +1,6 @@
 """Data: shapes, crops, folders as they are found in the wild, and latents that keep themselves."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -178,11 +179,13 @@ def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_image_is_named_when_it_is_read(tmp_path):
+def test_a_file_that_is_no_image_is_named_before_any_work(tmp_path):
     folder = make_folder(tmp_path)
     (tmp_path / "cat" / "notes.jpg").write_text("no image")
-    with pytest.raises(BadInput, match="cat/notes.jpg is no readable image"):
-        FolderImages(folder, 16)[3]
+    with pytest.raises(
+        BadInput, match="must hold images as class/.* cannot identify image file .*cat/notes.jpg"
+    ):
+        FolderImages(folder, 16)
 
 
 def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
@@ -362,3 +365,13 @@ def test_a_folder_that_moved_finds_its_latents(tmp_path, vae, encoded):
     shutil.move(tmp_path / "here", tmp_path / "there")
     run = run_on(tmp_path / "there", vae)
     assert torch.equal(keep_latents(run, *load(run, range(6))), first) and encoded == [6]
+
+
+def test_latents_that_are_not_finite_are_not_kept(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    run.vae = copy.copy(vae)
+    run.vae.tensors = dict(vae.tensors)
+    run.vae.tensors["quant_conv.bias"] = vae.tensors["quant_conv.bias"] + 1e6  # no float16 holds it
+    with pytest.raises(BadInput, match="gives latents that are not finite: name another"):
+        keep_latents(run, *load(run, [0, 1]))
+    assert not list((tmp_path / "latents").rglob("*.npy"))

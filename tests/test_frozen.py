@@ -265,6 +265,15 @@ def test_a_file_cut_short_is_refused_in_every_format(kind, share, tmp_path):
     assert "\n" not in str(caught.value) and "delete" not in str(caught.value)
 
 
+def test_a_flipped_bit_of_a_zip_is_refused(tmp_path):
+    path = write_as("zip", {"weight": torch.randn(50, 50)}, tmp_path / "w.pth")
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1  # in the middle of the tensor: torch would load it
+    path.write_bytes(whole)
+    with pytest.raises(BadInput, match="cannot read .* a part of it is damaged"):
+        read_weights(str(path))
+
+
 @pytest.mark.parametrize(
     "build, flag, file",
     [

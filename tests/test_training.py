@@ -120,7 +120,7 @@ def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path, ca
     keys = {"step", "loss", "denoise", "cls", "align", "grad_norm", "images_per_s"}
     assert all(line.keys() == keys for line in lines)
     train(make_config(out=str(tmp_path), **TINY))
-    assert "steps 6 to 6" in capsys.readouterr().out and len(log(tmp_path)) == 3
+    assert "finished: raise --steps" in capsys.readouterr().out and len(log(tmp_path)) == 3
     train(make_config(out=str(tmp_path), **{**TINY, "steps": 8}))
     assert "steps 6 to 8" in capsys.readouterr().out
     assert [line["step"] for line in log(tmp_path)] == [2, 4, 6, 8]
