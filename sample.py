@@ -112,6 +112,7 @@ def euler_maruyama(
     return state[0].to(dtype)
 
 
+# maskalign.euler_ode with the flags of the papers; a test proves them equal.
 euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
 SAMPLERS = {
     "sde": euler_maruyama,
