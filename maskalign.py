@@ -1,7 +1,7 @@
 """MaskAlign: token-subset representation alignment for diffusion transformers, in one file.
 
 Paper: Pang et al., arXiv 2606.08788 (2026), published without code. One training step (Sec. 5.1):
-  1. A frozen teacher (DINOv2) reads the clean image: a token per patch, and a class token.
+  1. A frozen ViT, DINOv2, reads the clean image: a token per patch, a class token for all of it.
   2. Latent x and class token are noised: x_t = (1 - t) x + t noise; t = 0 is data, t = 1 is noise.
   3. All 1 + T tokens pass a light mixing block, so that each knows of the others.
   4. A random 25% of the patch tokens is dropped (none in sampling); the class token stays.
@@ -165,12 +165,12 @@ def require(config: Config, name: str, fits: bool, rule: str) -> None:
 def make_config(kind: type = Config, /, **typed) -> Config:
     """Defaults of kind, then DEMO if no data, rows of SIZES and METHODS, typed. Raises BadInput."""
     merged = {field.name: field.default for field in dataclasses.fields(kind)}
-    merged |= ({} if typed.get("data") else DEMO) | typed
+    merged |= ({} if typed.get("data") else DEMO) | typed  # typed chooses the rows ...
     for name, table in (("size", kind.sizes), ("method", METHODS | {kind.method: {}})):
         if merged[name] not in table:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
         merged |= table[merged[name]]
-    c = kind(**(merged | typed))
+    c = kind(**(merged | typed))  # ... and beats them
     for field in dataclasses.fields(c):
         value, rule = getattr(c, field.name), field.metadata.get("rule")
         if rule and type(value) in (int, float):
@@ -287,7 +287,7 @@ class FinalLayer(nn.Module):
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(N, C, H, W) -> (N, T, p*p*C): tokens in raster order, channel fastest within a token."""
+    """(N, C, H, W) -> (N, T, p*p*C), raster order, channel fastest: the targets' tokens."""
     n, c, h, w = x.shape
     x = x.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size**2 * c)
@@ -334,7 +334,7 @@ class SiT(nn.Module):
         self.align_depth = config.align_depth if config.align_coeff > 0 else 0  # 0: none
         self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        # The last row is the null class, "no label": learned from dropped labels, it lets one
+        # The last row is the null class, "no label": learned where labels are hidden, it lets one
         # network also predict without a class, which guidance subtracts (see euler_ode).
         table = nn.Embedding(config.num_classes + 1, width)
         self.y_embedder = nn.ModuleDict(dict(embedding_table=table))
@@ -363,8 +363,8 @@ class SiT(nn.Module):
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed  # before the mask: so a kept token knows its place
-        # The mixer, too, comes before the mask: here a token that will be dropped still tells the
-        # others what it sees. Without it the mask costs: FID 3.54, without both 3.01 (Tab. 3).
+        # The mixer, too, comes before the mask: a token that will be dropped still tells the others
+        # what it sees, as the kept ones must match a teacher that saw the whole image (Tab. 3).
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -385,7 +385,7 @@ class SiT(nn.Module):
 
 
 def initialize_weights(model: nn.Module) -> None:
-    """As DiT: zero gates make every block the identity, zero heads every velocity zero."""
+    """As DiT: blocks start as the identity, velocities as zero; heads move first, then gates."""
     for name, p in model.named_parameters():
         if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
             nn.init.zeros_(p)
@@ -404,9 +404,9 @@ def build_model(config: Config) -> SiT:
 # ---- 4. The objective: flow matching (Eq. 10) and alignment (Eq. 11) -----------------------------
 # Why a velocity lets one sample: on the path x_t = (1 - t) x + t noise, each pair of image and
 # noise moves at the constant velocity noise - x. Many pairs cross in a point x_t; under the mean
-# square the best answer there is their mean velocity. A particle that starts as noise and follows
-# these means from t = 1 down to t = 0 has, at each t, the distribution of the x_t: so it ends
-# among the images, although nothing ever told which noise belongs to which image.
+# square the best answer there is their mean velocity. How dense a crowd is changes by its mean flow
+# alone: so particles that start as noise and follow these means from t = 1 down to t = 0 have, at
+# each t, the distribution of the x_t, and end among the images, wherever each noise came from.
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -415,9 +415,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def draw_step(run: Run, generator: torch.Generator) -> dict:
-    """Everything random in a step, for the whole batch of n images: eps, the noise of the VAE's
-    encoder, and keywords of training_losses: ids_keep (n, K) or None (all tokens), t (n,), noise,
-    cls_noise, drop (n,), True where the label becomes null. A fork adds its own to both."""
+    """Everything random in a step, for the whole batch of n images: vae_noise, for the encoder, and
+    keywords of training_losses: ids_keep (n, K) or None (all tokens), t (n,), noise, cls_noise,
+    drop (n,), True where the label is hidden: the null class. A fork adds its own to both."""
     config, n, ids_keep = run.config, run.config.batch_size, None
     on = dict(generator=generator, device=generator.device)
     if config.mask_ratio > 0:
@@ -429,7 +429,7 @@ def draw_step(run: Run, generator: torch.Generator) -> dict:
         noise=torch.randn(n, *config.latent_shape, **on),
         cls_noise=torch.randn(n, config.z_dim, **on),
         drop=torch.rand(n, **on) < config.label_dropout,
-        eps=torch.randn(n, *config.latent_shape, **on),
+        vae_noise=torch.randn(n, *config.latent_shape, **on),
     )
 
 
@@ -501,7 +501,7 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
         path = path or huggingface_hub.hf_hub_download(repo, filename)
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        zipped = zipfile.is_zipfile(path)  # before torch 1.6 files were none, and cannot be mapped
+        zipped = zipfile.is_zipfile(path)  # older than torch 1.6: no zip, and cannot be mapped
         if zipped and zipfile.ZipFile(path).testzip():  # torch does not compare checksums
             raise ValueError("a part of it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -535,7 +535,7 @@ class ViTTeacher(nn.Module):
         self.register_buffer("mean_std", constants.view(2, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        # As REPA: normalise first, then bicubic without antialias, from 256 to 224 pixels.
+        # As REPA: normalise, then bicubic without antialias: one teacher patch for each of ours.
         pixels = images.to(self.vit.cls_token.dtype) / 255
         mean, std = self.mean_std.to(pixels.dtype)
         x = F.interpolate((pixels - mean) / std, self.size, mode="bicubic")
@@ -745,7 +745,7 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
             rows[file] = np.load(file).reshape(2 * channels, h, w)
-    if len(rows) < len(set(files)):  # encode the whole batch: its size changes rounding
+    if len(rows) < len(set(files)):  # all are encoded: a smaller batch would round otherwise
         encoded = encode_images(run.vae, images).half().cpu().numpy()
         if not np.isfinite(encoded).all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
@@ -760,13 +760,13 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
 
 
 @torch.no_grad()
-def load_batch(run: Run, batch: list, eps: Tensor) -> tuple:
+def load_batch(run: Run, batch: list, vae_noise: Tensor) -> tuple:
     """A loader's batch -> latents x (N, C, h, w), labels y (N,), teacher tokens z or None."""
-    images, y, *kept = batch
+    images, y, *files = batch
     images, y = (part.to(run.device, non_blocking=True) for part in (images, y))
-    moments = keep_latents(run, images, *kept) if kept else encode_images(run.vae, images)
+    moments = keep_latents(run, images, *files) if files else encode_images(run.vae, images)
     mean, std = moments.chunk(2, dim=1)
-    return mean + std * eps, y, run.teacher(images) if run.teacher else None
+    return mean + std * vae_noise, y, run.teacher(images) if run.teacher else None
 
 
 def index_batches(run: Run):
@@ -860,7 +860,7 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
     for micro in range(config.accum):
         share = run.rank * config.accum + micro  # index_batches cuts the images alike
         mine = {k: v.chunk(shares)[share] if torch.is_tensor(v) else v for k, v in drawn.items()}
-        x, y, z = load_batch(run, next(batches), mine.pop("eps"))
+        x, y, z = load_batch(run, next(batches), mine.pop("vae_noise"))
         run.ddp_model.require_backward_grad_sync = micro + 1 == config.accum  # as DDP.no_sync
         with torch.autocast(device.type, torch.bfloat16, config.bf16 and device.type == "cuda"):
             losses = training_losses(run.ddp_model, x, y, z, config, **mine)
@@ -920,7 +920,7 @@ def save(run: Run) -> None:
 def preview(run: Run, sampler) -> None:
     """Draws 8 classes, a row of 8 images each, from the same noise every time."""
     config, device = run.config, run.device
-    y = torch.arange(64, device=device) // 8 * config.num_classes // 8
+    y = torch.arange(64, device=device) // 8 * config.num_classes // 8  # spread evenly
     on = dict(generator=seeded(device, "preview", config.seed), device=device)
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None

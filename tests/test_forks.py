@@ -436,7 +436,9 @@ def test_the_ema_sees_less_noise_by_a_lag_of_its_own_in_each_image():
     assert torch.corrcoef(torch.stack([lag, drawn["t"]]))[0, 1].abs() < 0.1
     assert torch.equal(lag, again["lag"])  # the step's generator decides it
     plain = maskalign.draw_step(Run(config), seeded("cpu", "test"))
-    assert all(torch.equal(drawn[name], plain[name]) for name in ("t", "noise", "drop", "eps"))
+    assert all(
+        torch.equal(drawn[name], plain[name]) for name in ("t", "noise", "drop", "vae_noise")
+    )
 
 
 HEADS = {"SiT-S/2": 590976, "SiT-B/2": 2361600, "SiT-L/2": 4197376, "SiT-XL/2": 5311872}
@@ -494,7 +496,7 @@ def test_cells_of_one_time_that_all_see_each_other_are_sit():
 def test_each_cell_has_a_noise_level_of_its_own():
     config = make_config(xar.Xar, data="x", image_size=32, batch_size=2000)
     drawn = xar.draw_step(Run(config), seeded("cpu", "test"))
-    assert drawn["t"].shape == (2000, 4) and set(drawn) == {"t", "noise", "drop", "eps"}
+    assert drawn["t"].shape == (2000, 4) and set(drawn) == {"t", "noise", "drop", "vae_noise"}
     assert torch.corrcoef(drawn["t"].T).sub(torch.eye(4)).abs().max() < 0.1
 
     def network(x_t, t, y):
@@ -565,7 +567,7 @@ def test_xar_learns_a_sign_that_all_cells_share():
     y = torch.zeros(64).long()
     for step in range(200):
         drawn = xar.draw_step(run, seeded("cpu", "test", step))
-        signs = drawn.pop("eps")[:, :1, :1, :1].sign()
+        signs = drawn.pop("vae_noise")[:, :1, :1, :1].sign()
         x = signs.expand(64, 3, 4, 4)
         loss = xar.training_losses(sit, x, y, None, config, **drawn)["loss"]
         optimizer.zero_grad()

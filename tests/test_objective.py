@@ -267,7 +267,7 @@ def test_a_step_draws_a_row_for_each_image_from_its_generator_alone():
         noise=(6, 4, 8, 8),
         cls_noise=(6, 16),
         drop=(6,),
-        eps=(6, 4, 8, 8),
+        vae_noise=(6, 4, 8, 8),
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one if name != "drop")
