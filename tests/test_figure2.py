@@ -69,7 +69,7 @@ def problem(method, masked, n=5, z_dim=6, dtype=torch.float64):
     g = seeded("cpu", "problem")
     x, z = torch.randn(n, 4, 8, 8, generator=g), torch.randn(n, 17, z_dim, generator=g)
     drawn = draw_step(Run(config), g)
-    del drawn["eps"]
+    del drawn["vae_noise"]
     for name in ("t", "noise", "cls_noise"):
         drawn[name] = drawn[name].to(dtype)
     return (x.to(dtype), torch.arange(n), z.to(dtype), config), drawn

@@ -410,7 +410,7 @@ def test_sra_aligns_only_the_kept_tokens_with_an_ema_that_sees_all():
     config = make_config(sra.Sra, **SMALL, self_depth=3, mask_ratio=0.25, mixer_depth=1)
     student, ema = (trained_looking(sra.build_model(config), seed) for seed in (0, 1))
     drawn = sra.draw_step(Run(config, ema=ema), seeded("cpu", "test"))
-    del drawn["eps"]
+    del drawn["vae_noise"]
     x, y = small_batch()
     loss = sra.training_losses(student, x, y, None, config, **drawn)["align"]
 
@@ -506,7 +506,7 @@ def test_each_cell_has_a_noise_level_of_its_own():
         assert torch.equal(y == 1000, drawn["drop"])
         return SiTOutput(torch.full((2000, 4, 16), 0.5), None, None)
 
-    del drawn["eps"]
+    del drawn["vae_noise"]
     drawn["noise"] = torch.ones(2000, 4, 4, 4)
     x, y = torch.zeros(2000, 4, 4, 4), torch.zeros(2000).long()
     losses = xar.training_losses(network, x, y, None, config, **drawn)

@@ -127,7 +127,7 @@ def test_no_mask_and_no_mixer_equals_reg():
     for changes in (dict(mask_ratio=0.0, mixer_depth=0), dict(method="reg")):
         config = make_config(**size, **changes)
         drawn = draw_step(Run(config), seeded("cpu", "test"))
-        del drawn["eps"]  # for the VAE alone
+        del drawn["vae_noise"]  # for the VAE alone
         losses.append(training_losses(sit, x, y, z, config, **drawn))
     assert losses[0] == losses[1] and drawn["ids_keep"] is None
     everything = sample_token_subset(3, 16, 0.0)

@@ -27,7 +27,7 @@ CONFIG = make_config(**SIZE)
 def draws(config=CONFIG, n=3, **given):
     """What a step of n images draws, with some of it given."""
     drawn = draw_step(Run(dataclasses.replace(config, batch_size=n)), seeded("cpu", "test"))
-    del drawn["eps"]  # for the VAE alone
+    del drawn["vae_noise"]  # for the VAE alone
     assert given.keys() <= drawn.keys()
     return drawn | given
 
@@ -272,7 +272,7 @@ def test_a_step_draws_a_row_for_each_image_from_its_generator_alone():
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one if name != "drop")
     # The VAE's noise is not the path's.
-    assert not torch.equal(one["noise"], one["eps"])
+    assert not torch.equal(one["noise"], one["vae_noise"])
 
 
 def test_an_unmasked_method_draws_no_subset():
