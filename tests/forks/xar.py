@@ -81,7 +81,7 @@ def draw_step(run: maskalign.Run, generator: torch.Generator) -> dict:
     """As maskalign's, with a time for each cell: t (n, cells^2)."""
     drawn = maskalign.draw_step(run, generator)
     t = torch.rand(len(drawn["t"]), run.config.cells**2, generator=generator, device=run.device)
-    return dict(t=t, noise=drawn["noise"], drop=drawn["drop"], eps=drawn["eps"])
+    return dict(t=t, noise=drawn["noise"], drop=drawn["drop"], vae_noise=drawn["vae_noise"])
 
 
 def training_losses(model, x, y, z, config: Xar, *, t, noise, drop) -> dict:
