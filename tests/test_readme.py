@@ -156,12 +156,14 @@ def test_the_family_table_is_that_of_the_program(method):
 
 def test_every_fork_stands_in_the_table():
     for path in (ROOT / "tests" / "forks").glob("*.py"):
-        assert f"| `python tests/forks/{path.name}` |" in README, path.name
+        assert f"| `python tests/forks/{path.name}` |" in README, (
+            f"README has no row for {path.name}"
+        )
 
 
 def test_no_placeholder_is_left_and_it_can_be_read_in_one_go():
     assert "@@" not in README and "TODO" not in README
-    assert len(README.splitlines()) <= 240 and len(README) <= 15_000
+    assert len(README.splitlines()) <= 240 and len(README) <= 15_500
 
 
 def test_bad_flags_in_readme_would_be_noticed(capsys):
