@@ -201,7 +201,10 @@ def test_equal_covariances_leave_the_squared_distance_of_the_means():
 
 
 def test_a_set_compared_with_itself_gives_0_1_1(measured, inception):
-    found = fid.compare(measured["A"], measured["A"], inception[0])
+    """By 64 images, and 300 of the features: as singular as all of them, and sooner."""
+    cut = {key: x[:300, :300] if x.ndim == 2 else x[:300] for key, x in measured["A"].items()}
+    cut["features"] = measured["A"]["features"]
+    found = fid.compare(cut, cut, inception[0])
     assert found["fid"] == pytest.approx(0, abs=1e-9) and found["sfid"] == pytest.approx(
         0, abs=1e-6
     )
