@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, start_ranks
+from processes import start_ranks, torchrun
 from test_data import make_folder
 from test_training import TINY, assert_equal_runs, assert_same, checkpoint, log
 
@@ -300,11 +300,10 @@ def test_a_failing_rank_ends_the_others_within_a_minute_with_its_error_first(tmp
     folder = make_folder(tmp_path / "data", per_class=9)
     (tmp_path / "data" / "cat" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     flags = (f"--data={folder}", "--vae=none", "--image_size=16", "--workers=0", "--batch_size=2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, ROOT / "maskalign.py", *flags_of(tmp_path / "out"), *flags]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode != 0
-    lines = [line for line in run.stderr.splitlines() if "Error" in line or "maskalign.py:" in line]
+    run = torchrun(2, "maskalign.py", *flags_of(tmp_path / "out"), *flags)
+    status, _, errors = run.end(timeout=60)
+    assert status != 0
+    lines = [line for line in errors.splitlines() if "Error" in line or "maskalign.py:" in line]
     assert "cat/3.png" in lines[0]
 
 
