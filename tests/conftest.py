@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is equal to the bit on CPU is not on a GPU
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs: such small networks gain by no more
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "golden")]

@@ -13,10 +13,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed.run
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["maskalign"])
+SERVER.set_forkserver_preload(["maskalign", "torch.distributed.run"])
 os.environ["PYTHONPATH"] = str(ROOT)  # where the server looks for it
 
 
@@ -59,6 +60,12 @@ class Program:
 
     def read(self):
         return [path.read_text() if path.exists() else "" for path in self.shown]
+
+
+def torchrun(count, script, *argv):
+    """`torchrun --standalone --nproc_per_node=COUNT SCRIPT`: its ranks are true new processes."""
+    options = ("--standalone", f"--nproc_per_node={count}")
+    return Program(torch.distributed.run.__file__, *options, ROOT / script, *argv)
 
 
 def start_ranks(count, script, *argv, **options):

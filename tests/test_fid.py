@@ -44,7 +44,10 @@ def measured(folder, inception):
     with torch.no_grad():
         return {
             name: fid.measure(
-                fid.open_images(f"{folder}/{name}.npz"), inception[0], torch.device("cpu")
+                fid.open_images(f"{folder}/{name}.npz"),
+                inception[0],
+                torch.device("cpu"),
+                batch_size=8,  # on CPU a fifth faster than 64
             )
             for name in "ACD"
         }
@@ -145,7 +148,7 @@ def test_two_processes_judge_by_an_adm_reference_as_adm_does(
     """Its statistics (of 64 images) count for FID and sFID, its images (24) for the others."""
     stats = {key: measured["A"][key] for key in fid.STATISTICS}
     np.savez(folder / "virtual.npz", arr_0=formula.images("public", "A")[:24], **stats)
-    argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=24"]  # 48 + 16
+    argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=12"]  # 36 + 28
     monkeypatch.chdir(folder)
     ranks = [rank.end() for rank in start_ranks(2, "fid.py", "B.npz", *argv)]
     assert [status for status, *_ in ranks] == [0, 0], ranks
@@ -201,7 +204,10 @@ def test_equal_covariances_leave_the_squared_distance_of_the_means():
 
 
 def test_a_set_compared_with_itself_gives_0_1_1(measured, inception):
-    found = fid.compare(measured["A"], measured["A"], inception[0])
+    """By 64 images, and 300 of the features: as singular as all of them, and sooner."""
+    cut = {key: x[:300, :300] if x.ndim == 2 else x[:300] for key, x in measured["A"].items()}
+    cut["features"] = measured["A"]["features"]
+    found = fid.compare(cut, cut, inception[0])
     assert found["fid"] == pytest.approx(0, abs=1e-9) and found["sfid"] == pytest.approx(
         0, abs=1e-6
     )

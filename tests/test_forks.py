@@ -559,22 +559,22 @@ def test_xar_learns_a_sign_that_all_cells_share():
     """Only a cell that sees the earlier ones, clean, can agree with them."""
     config = make_config(
         xar.Xar,
-        **dict(vae="none", image_size=4, patch_size=1, num_classes=1, batch_size=64),
-        **dict(hidden_size=48, depth=3, num_heads=4, align_depth=1),
+        **dict(vae="none", image_size=4, patch_size=1, num_classes=1, batch_size=32),
+        **dict(hidden_size=32, depth=2, num_heads=4, align_depth=1),
     )
     sit, run = xar.build_model(config), Run(config)
-    optimizer = torch.optim.AdamW(sit.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(sit.parameters(), lr=5e-3)
     y = torch.zeros(64).long()
     for step in range(200):
         drawn = xar.draw_step(run, seeded("cpu", "test", step))
         signs = drawn.pop("vae_noise")[:, :1, :1, :1].sign()
-        x = signs.expand(64, 3, 4, 4)
-        loss = xar.training_losses(sit, x, y, None, config, **drawn)["loss"]
+        x = signs.expand(32, 3, 4, 4)
+        loss = xar.training_losses(sit, x, y[:32], None, config, **drawn)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     noise = torch.randn(64, 3, 4, 4, generator=seeded("cpu", "noise"))
-    out = xar.cell_ode(sit.eval().requires_grad_(False), noise, y, num_steps=20)
+    out = xar.cell_ode(sit.eval().requires_grad_(False), noise, y, num_steps=10)
     agree = (out.flatten(1) > 0).float().mean(1)
     assert ((agree == 0) | (agree == 1)).float().mean() > 0.9
     assert 0.2 < agree.mean() < 0.8

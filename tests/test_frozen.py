@@ -371,6 +371,15 @@ def test_demo_teacher_learns_its_classes_and_has_a_patch_per_token():
 
 
 def test_demo_teacher_is_the_same_at_every_start():
+    """Also with another number of threads, which it leaves as it was."""
     config, data = make_config(num_classes=8, teacher_steps=5), demo_shapes(24, 64)
-    one, two = (build_teacher(config, data, "cpu").state_dict() for _ in range(2))
+    states, threads = [], torch.get_num_threads()
+    try:
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            states.append(build_teacher(config, data, "cpu").state_dict())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    one, two = states
     assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))

@@ -101,7 +101,7 @@ def test_bytes_do_not_depend_on_how_many_are_asked_for(checkpoint, tmp_path, mon
 
 
 def test_two_processes_write_the_images_of_one(checkpoint, tmp_path):
-    """But for rounding: each has half of the threads, and sums differ with their number."""
+    """But for rounding: where each has fewer threads, sums differ with their number."""
     one = run(checkpoint, "--num=300", f"--out={tmp_path}/one.npz")
     argv = ["--steps=2", "--num_images=300", f"--out={tmp_path}/two.npz"]
     ends = [rank.end() for rank in start_ranks(2, "sample.py", checkpoint, *argv)]

@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, start_ranks
+from processes import start_ranks, torchrun
 from test_data import make_folder
 
 import maskalign
@@ -38,8 +36,8 @@ TINY = dict(
     depth=3,
     align_depth=2,
     projector_dim=16,
-    teacher_steps=3,
-    preview_steps=2,
+    teacher_steps=2,
+    preview_steps=1,
     log_every=2,
     save_every=3,
     sample_every=100,
@@ -109,10 +107,8 @@ def one_step_run(tmp_path_factory):
 
 
 def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path, capsys):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    command = [*torchrun, ROOT / "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert first.returncode == 0 and "steps 0 to 6" in first.stdout, first.stderr
+    status, shown, errors = torchrun(1, "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}").end()
+    assert status == 0 and "steps 0 to 6" in shown, errors
     assert sorted(os.listdir(tmp_path)) == ["latest.pt", "log.jsonl", "samples-0000006.png"]
     assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2, 8 * 98 + 2)
     lines = log(tmp_path)
