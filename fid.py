@@ -11,50 +11,59 @@ distances between features to float16 (worth about 0.002 in precision and recall
 with an error (fewer images than features). --features dinov2 compares features of our teacher:
 Inception misjudges what diffusion models are good at (Stein et al. 2023, arXiv 2306.04675).
 """
-import argparse, hashlib, json, math, os, re, sys, urllib.request, zipfile, zlib
-from collections import Counter, namedtuple
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import urllib.request
+import zipfile
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 from tqdm import tqdm
 
-from maskalign import (DEMO, IMAGE_SUFFIXES, BadInput, Config, ViTTeacher, build_teacher,
-                       demo_shapes, is_image, make_config, read_weights, setup_distributed,
-                       tell_skipped)
+import maskalign as ma
+from maskalign import BadInput, explained
 
-WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-               "pt_inception-2015-12-05-6726825d.pth")      # the name ends as its sha256 begins
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")             # ADM's names; _s: spatial, for sFID
-# source: path of an npz, list of files, or tensor (count, H, W, 3); size: (H, W)
-Images = namedtuple("Images", "name source count size")
+WEIGHTS_URL = (  # the name ends as its sha256 begins
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; _s: spatial, for sFID
+
 
 # ---- 1. The FID Inception: the network behind every published FID --------------------------------
-def resize_tf1(images: torch.Tensor, size: int = 299) -> torch.Tensor:
+def resize_tf1(images: Tensor, size: int = 299) -> Tensor:
     """Bilinear resize of TensorFlow 1: (N, C, H, W) -> float32 (N, C, size, size), range kept.
-
     Output pixel i looks at i * H / size, where F.interpolate looks at (i + 0.5) * H / size - 0.5.
     No antialias, no rounding. The order of operations is TensorFlow's: on CPU equal to the bit."""
     x = images.float()
-    for dim in (-1, -2):                                              # along x, then along y
+    for dim in (-1, -2):  # along x, then along y
         last = x.shape[dim] - 1
         place = torch.arange(size, device=x.device) * torch.tensor((last + 1) / size).to(x.device)
         low = place.long()
+        high = (low + 1).clamp(max=last)
         weight = place - low if dim == -1 else (place - low)[:, None]
-        left, right = (x.index_select(dim, i) for i in (low, (low + 1).clamp(max=last)))
+        left, right = x.index_select(dim, low), x.index_select(dim, high)
         x = left + (right - left) * weight
     return x
 
-def mixed(block: nn.Module, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """A block of Inception, wired by the names of its layers: branches side by side, then joined.
 
+def mixed(block: nn.Module, x: Tensor, pooled: Tensor) -> Tensor:
+    """A block of Inception, wired by the names of its layers: branches side by side, then joined.
     branch3x3dbl_2 follows branch3x3dbl_1; both _3a and _3b follow _2. The branch of `pooled`, x
     after the pooling of this block, ends in branch_pool where there is one."""
     outs = {}
@@ -70,19 +79,19 @@ def mixed(block: nn.Module, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tens
             outs[branch] = layer(outs.get(branch, x))
     return torch.cat([*outs.values(), pooled], dim=1)
 
+
 class FIDInception(Inception3):
     """The Inception of 2015-12-05: uint8 (N, 3, H, W) -> pool (N, 2048), spatial (N, 2023).
-
     Layers and state-dict keys are torchvision's, the way through them is not: average pools leave
     the padding out, Mixed_7c pools by the maximum, and there are 1008 classes."""
 
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = (resize_tf1(images) - 128) / 128
-        for name, layer in list(self.named_children())[:-3]:          # not avgpool, dropout, fc
-            if name in ("Mixed_6a", "Mixed_7a"):                      # these halve the image
+        for name, layer in list(self.named_children())[:-3]:  # not avgpool, dropout, fc
+            if name in ("Mixed_6a", "Mixed_7a"):  # these halve the image
                 x = mixed(layer, x, F.max_pool2d(x, 3, 2))
             elif name == "Mixed_7c":
                 x = mixed(layer, x, F.max_pool2d(x, 3, 1, padding=1))
@@ -90,264 +99,319 @@ class FIDInception(Inception3):
                 x = mixed(layer, x, F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False))
             else:
                 x = layer(x)
-            if name == "Mixed_6d":    # ADM's mixed_6/conv[..., :7]: the first branch comes first
-                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)     # order: row, column, channel
+            if name == "Mixed_6d":  # ADM's mixed_6/conv[..., :7]: the first branch comes first
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # order: row, column, channel
         return x.mean(dim=(2, 3)), spatial
 
-def load_inception(path: str = "") -> tuple[FIDInception, str]:
-    """The network ready for use, and the hash of its weights file: `path`, or the published one.
-    Raises BadInput: offline without a file, or a file of something else."""
+
+def find_inception(path: str = "") -> Path:
+    """The file of the weights: `path`, or the published one, downloaded once. Raises BadInput."""
     cached = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2])
-    if not path and not cached.exists():
-        try:
-            urllib.request.urlopen(WEIGHTS_URL, timeout=10).close()   # offline: known quickly
-            torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
-        except Exception as error:
-            raise BadInput(f"cannot download {WEIGHTS_URL} ({error}): run once with internet, or "
-                           "fetch it elsewhere and pass --weights FILE") from error
-    path, net = path or cached, FIDInception()
-    state, digest = read_weights(str(path)), sha256([path])
-    told = re.search(r"-([0-9a-f]{8})\.pth$", str(path))
-    if told and not digest.startswith(told[1]):    # the published format has no other checksum
-        raise BadInput(f"{path} is damaged, or not what its name says: its sha256 begins with "
-                       f"{digest[:8]}, fetch it anew from {WEIGHTS_URL}")
-    try:
+    if path or cached.exists():
+        return Path(path or cached)
+    advice = "run once with internet, or fetch it elsewhere and pass --weights FILE"
+    with explained(f"cannot download {WEIGHTS_URL}: {advice}"):
+        urllib.request.urlopen(WEIGHTS_URL, timeout=10).close()  # offline: known quickly
+        torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
+    return cached
+
+
+def load_inception(path: str = "") -> tuple[FIDInception, str]:
+    """The network ready for use, and the hash of its weights file: see find_inception.
+    Raises BadInput: offline without a file, a damaged file, or one of something else."""
+    path, net = find_inception(path), FIDInception()
+    state, digest = ma.read_weights(str(path)), sha256([path])
+    # The published file is of a format without a checksum: only its name can tell.
+    told = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if told and not digest.startswith(told[1]):
+        advice = f"its sha256 begins with {digest[:8]}, fetch it anew from {WEIGHTS_URL}"
+        raise BadInput(f"{path} is damaged, or not what its name says: {advice}")
+    with explained(f"{path} holds no FID Inception: pass {WEIGHTS_URL.rpartition('/')[2]}"):
+        # A file may leave out the counts of batches, which nothing reads.
         unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
         net.load_state_dict({**unread, **state})
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()[:120]
-        raise BadInput(f"{path} holds no FID Inception ({reason}): pass {cached.name}") from error
+
+    # Batch norm folded into the convolution, channels last: both make it twice as fast on CPU.
     for layer in net.eval().requires_grad_(False).modules():
-        if isinstance(layer, BasicConv2d):    # its batch norm becomes part of the convolution
+        if isinstance(layer, BasicConv2d):
             layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
-    return net.to(memory_format=torch.channels_last), digest          # both: twice as fast on CPU
+    return net.to(memory_format=torch.channels_last), digest
+
 
 # ---- 2. The metrics: functions of features, in float64 -------------------------------------------
-def add_moments(sums: torch.Tensor, x: torch.Tensor) -> None:
+def add_moments(sums: Tensor, x: Tensor) -> None:
     """Adds features (n, D) to sums (D + 1, D + 1) of x x^T, x and 1; sums of processes add up."""
     x = F.pad(x.double(), (0, 1), value=1.0)
     sums.addmm_(x.T, x)
 
-def mean_and_covariance(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+
+def mean_and_covariance(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and covariance (D, D), with ddof 1, of everything added to `sums`."""
     n, mu = sums[-1, -1], sums[-1, :-1] / sums[-1, -1]
     return mu, (sums[:-1, :-1] - n * torch.outer(mu, mu)) / (n - 1)
 
+
+def covariance_factor(sigma: Tensor) -> Tensor:
+    """F (D, rank) with sigma = F F^T. It leaves out the null space, where roots would make rounding
+    visible: so singular covariances are no special case."""
+    values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+    keep = values > values[-1] * len(sigma) * torch.finfo(values.dtype).eps
+    return vectors[:, keep] * values[keep].sqrt()
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), of (D,) and (D, D).
-
-    With sigma = F F^T, the last trace is the sum of the singular values of F1^T F2. F leaves out
-    the null space, where roots would make rounding visible: singular covariances are no special
-    case. Raises BadInput for other shapes, and for numbers that are not finite."""
+    The last trace is the sum of the singular values of F1^T F2: see covariance_factor.
+    Raises BadInput for other shapes, and for numbers that are not finite."""
     given = [torch.as_tensor(x).double().cpu() for x in (mu1, sigma1, mu2, sigma2)]
     shapes, d = [tuple(x.shape) for x in given], len(given[0])
     if shapes != 2 * [(d,), (d, d)] or not all(x.isfinite().all() for x in given):
-        raise BadInput(f"statistics of shapes {shapes} do not compare, or are not finite: measure "
-                       "both sets anew, with the same --features")
-    (mu1, sigma1, mu2, sigma2), factors = given, []
-    for sigma in (sigma1, sigma2):
-        w, q = torch.linalg.eigh((sigma + sigma.T) / 2)
-        keep = w > w[-1] * d * torch.finfo(w.dtype).eps
-        factors.append(q[:, keep] * w[keep].sqrt())
-    cross = torch.linalg.svdvals(factors[0].T @ factors[1]).sum()
+        advice = "measure both sets anew, with the same --features"
+        raise BadInput(f"statistics of shapes {shapes} do not compare, or are not finite: {advice}")
+    mu1, sigma1, mu2, sigma2 = given
+    cross = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return max(distance.item(), 0.0)                                  # equal sets: about -1e-13
+    return max(distance.item(), 0.0)  # equal sets: about -1e-13
 
-def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
+
+def inception_score(logits: Tensor, split_size: int = 5000) -> float:
     """exp of the mean of KL(p(class | image) || p(class)), averaged over splits of the images.
-
     logits (N, classes) in the order of the files: images sorted by class would spoil the score of
     more than one split. A short last split counts as the others do, as in ADM."""
     scores = []
-    for part in logits.split(split_size):
-        log_p = part.double().log_softmax(dim=1)
-        log_marginal = log_p.logsumexp(dim=0) - math.log(len(part))
-        scores.append((log_p.exp() * (log_p - log_marginal)).sum(dim=1).mean().exp().item())
+    for split in logits.split(split_size):
+        log_p = split.double().log_softmax(dim=1)
+        log_marginal = log_p.logsumexp(dim=0) - math.log(len(split))
+        divergence = (log_p.exp() * (log_p - log_marginal)).sum(dim=1)
+        scores.append(divergence.mean().exp().item())
     return sum(scores) / len(scores)
 
-def squared_distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+
+def squared_distances(u: Tensor, v: Tensor) -> Tensor:
     """float64 (n, D), (m, D) -> (n, m); what is mere rounding becomes 0, as duplicates need."""
     norms = u.square().sum(dim=1)[:, None] + v.square().sum(dim=1)
     distances = norms - 2 * u @ v.T
     return distances.where(distances > 1e-12 * norms, 0.0)
 
-def precision_recall(ref: torch.Tensor, sample: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (R, D) and (N, D).
 
+def squared_radii(x: Tensor, k: int) -> Tensor:
+    """(n, D) -> (n,): from each point to its k-th nearest neighbour, 256 rows at a time."""
+    # The nearest of all is the point itself: hence k + 1.
+    return torch.cat([squared_distances(r, x).kthvalue(k + 1).values for r in x.split(256)])
+
+
+def precision_recall(ref: Tensor, sample: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (R, D) and (N, D).
     Around every point lies a ball that reaches to its k-th nearest neighbour in its own set.
     Precision is the share of the sample inside balls of the reference, recall the converse.
-    Exact, 256 rows at a time. Raises BadInput for k images or fewer."""
-    if min(len(ref), len(sample)) <= k:
-        raise BadInput(f"{min(len(ref), len(sample))} images are too few for precision and recall "
-                       f"with k = {k}: bring at least {k + 1}")
+    Exact. Raises BadInput for k images or fewer."""
+    fewest = min(len(ref), len(sample))
+    if fewest <= k:
+        purpose = f"precision and recall with k = {k}: bring at least {k + 1}"
+        raise BadInput(f"{fewest} images are too few for {purpose}")
     ref, sample = ref.double(), sample.double()
-    ref_radii, radii = (    # the nearest of all is the point itself: hence k + 1
-        torch.cat([squared_distances(rows, x).kthvalue(k + 1).values for rows in x.split(256)])
-        for x in (ref, sample))
+    ref_radii, sample_radii = squared_radii(ref, k), squared_radii(sample, k)
     hits, recalled = 0, torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
-    for rows, reach in zip(sample.split(256), radii.split(256)):
-        distances = squared_distances(rows, ref)                      # (256, R)
+    for rows, radii in zip(sample.split(256), sample_radii.split(256), strict=True):
+        distances = squared_distances(rows, ref)  # (256, R)
         hits += (distances <= ref_radii).any(dim=1).sum().item()
-        recalled |= (distances <= reach[:, None]).any(dim=0)
+        recalled |= (distances <= radii[:, None]).any(dim=0)
     return hits / len(sample), recalled.sum().item() / len(ref)
 
+
 # ---- 3. Images: an npz or a folder, read batch by batch ------------------------------------------
-def open_images(path: str, rank: int = 0) -> Images | None:
-    """The Images of a folder, at any depth and in natural order, or of an npz; None where an npz
-    has only statistics. Looks at headers alone. Raises BadInput for what is not uint8 RGB."""
-    if Path(path).is_dir():
-        skipped = Counter()
-        files = [file for file in Path(path).rglob("*")
-                 if not file.is_dir() and is_image(str(file), skipped)]
-        if not files:
-            raise BadInput(f"{path} holds no images: name a folder of {', '.join(IMAGE_SUFFIXES)}")
-        if rank == 0:
-            tell_skipped(path, skipped)
-        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in
-                                     re.split(r"([0-9]+)", str(file.relative_to(path)))])
-        size = read_image(files[0]).shape[:2]
-        for file in files:
-            read_image(file, size, decode=False)
-        return Images(path, files, len(files), size)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if "arr_0.npy" not in archive.namelist():
-                return None
-            _, shape, fortran_order, dtype = open_array(archive)
-    except Exception as error:
-        raise BadInput(f"{path} is neither a folder nor a readable npz ({error})") from error
-    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
-        raise BadInput(f"{path} holds arr_0 of {dtype} {shape}: it must be RGB images from 0 to "
-                       "255, uint8 (N, H, W, 3) in C order")
-    return Images(path, path, shape[0], shape[1:3])
+# source: path of an npz, list of files, or tensor (count, H, W, 3); size: (H, W), or None and count
+# 0 for an npz that holds statistics alone.
+Images = namedtuple("Images", "name source count size")
+
+
+def open_images(path: str, rank: int = 0) -> Images:
+    """The Images of a folder, at any depth and in natural order, or of an npz. Looks at headers
+    alone. Raises BadInput for what is not uint8 RGB, and for fewer than 4 images."""
+    images = open_folder(path, rank) if Path(path).is_dir() else open_npz(path)
+    if images.size and images.count < 4:
+        reason = "precision and recall, with k = 3 neighbours, need at least 4"
+        raise BadInput(f"{path} holds {images.count} images: {reason}")
+    return images
+
+
+def open_folder(path: str, rank: int = 0) -> Images:
+    """The Images of a folder, all of the first one's size. Raises BadInput."""
+    found = [file for file in Path(path).rglob("*") if not file.is_dir()]
+    files = [file for file in found if file.suffix.lower() in ma.IMAGE_SUFFIXES]
+    if not files:
+        raise BadInput(f"{path} holds no images: name a folder of {', '.join(ma.IMAGE_SUFFIXES)}")
+    if rank == 0 and len(found) > len(files):
+        print(f"{path}: skipped {len(found) - len(files)} files that are no images by their names")
+    numbers = re.compile(r"(\d+)")  # 9.png is before 10.png
+    files.sort(key=lambda file: [int(s) if s.isdecimal() else s for s in numbers.split(str(file))])
+    size = read_image(files[0]).shape[:2]
+    for file in files:
+        read_image(file, size, decode=False)
+    return Images(path, files, len(files), size)
+
 
 def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np.ndarray | None:
     """An image file -> uint8 (H, W, 3), or only its check. Raises BadInput, naming the file."""
-    try:
-        with Image.open(file) as image:
-            if image.mode != "RGB" or size not in (None, (image.height, image.width)):
-                rule = f" of {size[1]} x {size[0]} pixels, as the first" if size else ""
-                raise BadInput(f"{file} is {image.mode}, {image.width} x {image.height} pixels: it "
-                               f"must be RGB{rule}; convert, crop or remove it")
-            return np.array(image) if decode else None
-    except OSError as error:
-        raise BadInput(f"{file} is no readable image: mend or remove it") from error
+    with explained(f"{file} is no readable image: mend or remove it"), Image.open(file) as image:
+        mode, found = image.mode, (image.height, image.width)
+        pixels = np.array(image) if decode else None
+    if mode != "RGB" or size not in (None, found):
+        rule = f"RGB of {size[1]} x {size[0]} pixels, as the first" if size else "RGB"
+        found = f"{mode}, {found[1]} x {found[0]} pixels"
+        raise BadInput(f"{file} is {found}: it must be {rule}; convert, crop or remove it")
+    return pixels
+
+
+def open_npz(path: str) -> Images:
+    """The Images of an npz, or what has count 0 where it holds none. Raises BadInput."""
+    sentence = f"{path} is neither a folder nor a readable npz"
+    with explained(sentence), zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            return Images(path, path, 0, None)
+        _, shape, fortran_order, dtype = open_array(archive)
+    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
+        rule = "RGB images from 0 to 255, uint8 (N, H, W, 3) in C order"
+        raise BadInput(f"{path} holds arr_0 of {dtype} {shape}: it must be {rule}")
+    return Images(path, path, shape[0], shape[1:3])
+
 
 def open_array(archive: zipfile.ZipFile) -> tuple:
     """(stream at the first pixel, shape, fortran_order, dtype) of arr_0 in an npz: unlike np.load
     it needs no memory for the array, and never unpickles."""
     stream = archive.open("arr_0.npy")
+    version, _ = np.lib.format.read_magic(stream)
     header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    return stream, *header[np.lib.format.read_magic(stream)[0]](stream)
+    return stream, *header[version](stream)
+
 
 def read_batches(images: Images, first: int, last: int, batch_size: int):
     """Yields images first..last - 1 as uint8 (n, H, W, 3); holds one batch at a time."""
-    pieces = [(i, min(i + batch_size, last)) for i in range(first, last, batch_size)]
+    ranges = [(i, min(i + batch_size, last)) for i in range(first, last, batch_size)]
     if torch.is_tensor(images.source):
-        yield from (images.source[i:j] for i, j in pieces)
+        for start, end in ranges:
+            yield images.source[start:end]
     elif isinstance(images.source, list):
         with ThreadPoolExecutor() as pool:
-            for i, j in pieces:
-                yield torch.from_numpy(np.stack(list(pool.map(read_image, images.source[i:j]))))
+            for start, end in ranges:
+                arrays = list(pool.map(read_image, images.source[start:end]))
+                yield torch.from_numpy(np.stack(arrays))
     else:
-        length = 3 * math.prod(images.size)
-        with zipfile.ZipFile(images.source) as archive:
-            stream, *_ = open_array(archive)
-            try:
-                stream.seek(first * length, os.SEEK_CUR)
-                for i, j in pieces:
-                    pixels = bytearray(stream.read((j - i) * length))
-                    yield torch.frombuffer(pixels, dtype=torch.uint8).view(j - i, *images.size, 3)
-            except (RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                raise BadInput(f"{images.name} is damaged ({error}): write it anew") from error
+        yield from read_npz(images, first, ranges)
+
+
+def read_npz(images: Images, first: int, ranges: list):
+    """As read_batches, from an npz that must not enter memory as a whole. Raises BadInput."""
+    image_bytes = 3 * math.prod(images.size)
+    sentence = f"{images.name} is damaged: write it anew"
+    with explained(sentence), zipfile.ZipFile(images.source) as archive:
+        stream, *_ = open_array(archive)
+        stream.seek(first * image_bytes, os.SEEK_CUR)
+        for start, end in ranges:
+            pixels = bytearray(stream.read((end - start) * image_bytes))
+            batch = torch.frombuffer(pixels, dtype=torch.uint8)
+            yield batch.view(end - start, *images.size, 3)
+
 
 def sha256(parts: list) -> str:
     """The first 16 digits of the sha256 of files or tensors in a row."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(np.ascontiguousarray(part) if torch.is_tensor(part)
-                      else np.memmap(part, np.uint8, "r"))
+        array = part.numpy() if torch.is_tensor(part) else np.memmap(part, np.uint8, "r")
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]
+
 
 # ---- 4. From images to statistics ----------------------------------------------------------------
 def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.Module, dict]:
     """The frozen network of --features, and what the protocol says of it. Raises BadInput."""
+    digest = None
     if name == "inception":
-        (net, digest), resize = load_inception(weights), "TF1 bilinear to 299, float32"
+        net, digest = load_inception(weights)
+        resize = "TF1 bilinear to 299, float32"
     elif name == "dinov2":
         try:
-            net = ViTTeacher(Config.teacher, grid=16, weights=weights)
+            net = ma.ViTTeacher(ma.Config.teacher, grid=16, weights=weights)
         except BadInput as error:
             raise BadInput(str(error).replace("--teacher_weights", "--weights")) from error
         resize = f"bicubic to {net.size}, bfloat16 on GPU"
     else:
-        net = build_teacher(make_config(), demo_shapes(DEMO["image_size"]), "cpu", rank)
+        net = ma.build_teacher(ma.make_config(), ma.demo_shapes(ma.DEMO["image_size"]), "cpu", rank)
         resize = "none, bfloat16 on GPU"
-    digest = digest if name == "inception" else sha256(list(net.state_dict().values()))
+    digest = digest or sha256(list(net.state_dict().values()))
     return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
 
-def extract(net: nn.Module, images: torch.Tensor) -> tuple:
+
+def extract(net: nn.Module, images: Tensor) -> tuple:
     """uint8 (N, 3, H, W) -> features (N, D), and spatial ones (N, D') where sFID makes sense."""
     if isinstance(net, FIDInception):
         return net(images)
-    cls, patches = (tokens := net(images))[:, 0], tokens[:, 1:]
-    if net.vit.num_classes == 0:                                      # DINOv2 knows no classes
+    tokens = net(images)
+    cls, patches = tokens[:, 0], tokens[:, 1:]
+    if net.vit.num_classes == 0:  # DINOv2 knows no classes
         return (cls,)
-    return cls + patches.mean(dim=1), patches[..., :7].flatten(1)     # what the demo's head reads
+    return cls + patches.mean(dim=1), patches[..., :7].flatten(1)  # what the demo's head reads
+
 
 @torch.no_grad()
-def measure(images: Images, net: nn.Module, device, rank: int = 0, world_size: int = 1,
-            batch_size: int = 64) -> dict:
-    """mu (D,), sigma (D, D), mu_s, sigma_s (where there are spatial features), features (N, D).
-
+def measure(
+    images: Images, net: nn.Module, device, rank: int = 0, world_size: int = 1, batch_size: int = 64
+) -> dict:
+    """mu (D,), sigma (D, D), mu_s, sigma_s (where there are spatial features), features (N, D);
+    nothing of no images.
     Each rank takes whole batches in a row; the result, on rank 0, does not depend on their number.
     Raises BadInput for features that are not finite."""
+    if not images.count:
+        return {}
     share = -(-images.count // (batch_size * world_size)) * batch_size
-    first, last = (min(i * share, images.count) for i in (rank, rank + 1))
+    first, last = min(rank * share, images.count), min((rank + 1) * share, images.count)
     blank = torch.zeros(1, 3, *images.size, dtype=torch.uint8, device=device)
     widths = [x.shape[1] for x in extract(net, blank)]
     features = torch.zeros(images.count, widths[0], device=device)
     sums = [torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device) for d in widths]
     with tqdm(total=last - first, desc=images.name, unit=" images", disable=rank > 0) as bar:
         for batch in read_batches(images, first, last, batch_size):
-            if device.type == "cuda":    # pinned: the next batch is read while the GPU works
+            if device.type == "cuda":  # pinned: the next batch is read while the GPU works
                 batch = batch.pin_memory().to(device, non_blocking=True)
             found = extract(net, batch.permute(0, 3, 1, 2))
-            features[first:first + len(batch)] = found[0]
-            for total, x in zip(sums, found):
+            features[first : first + len(batch)] = found[0]
+            for total, x in zip(sums, found, strict=True):
                 add_moments(total, x)
             first += len(batch)
             bar.update(len(batch))
-    for part in (features, *sums) if world_size > 1 else ():
-        dist.reduce(part, 0)                                          # others' rows are zeros here
+
+    if world_size > 1:
+        for tensor in (features, *sums):
+            dist.reduce(tensor, 0)  # rows of other ranks are zeros here
     finite = features.isfinite().all(dim=1)
     if not finite.all():
-        raise BadInput(f"image {finite.int().argmin()} of {images.name} has features that are not "
-                       "finite: the weights are damaged, pass others with --weights FILE")
+        which = f"image {finite.int().argmin()} of {images.name}"
+        raise BadInput(f"{which} has features that are not finite: pass other --weights FILE")
     moments = [x for total in sums for x in mean_and_covariance(total)]
-    return dict(zip(STATISTICS, moments), features=features)
+    return dict(zip(STATISTICS, moments, strict=False), features=features)
 
-def stored_statistics(path: str, images: Images | None, about: dict) -> dict:
+
+def stored_statistics(images: Images, about: dict) -> dict:
     """What an npz of ADM's or of --save_stats already knows: some of the keys of `measure`.
-
     Raises BadInput where neither these nor images serve --features."""
+    path = images.name
     if not path.endswith(".npz"):
         return {}
-    try:
-        with np.load(path) as file:    # refuses to unpickle
-            made = json.loads(str(file["protocol"])) if "protocol" in file else {}
-            known = {key: torch.from_numpy(file[key]) for key in (*STATISTICS, "features")
-                     if key in file}
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{path} holds no arrays of numbers: {error}") from error
-    made = made or {**about, "features": "inception"}                 # ADM's tell no more
-    if not images and "mu" not in known:
+    with explained(f"{path} holds no arrays of numbers"), np.load(path) as file:  # never unpickles
+        made = json.loads(str(file["protocol"])) if "protocol" in file else {}
+        keys = [key for key in (*STATISTICS, "features") if key in file]
+        known = {key: torch.from_numpy(file[key]) for key in keys}
+    if not images.count and "mu" not in known:
         raise BadInput(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
-    same = all(made.get(key) == about[key] for key in about)
-    if not same and not images:
-        raise BadInput(f"{path} holds statistics of {made.get('features')} {made.get('weights')}, "
-                       f"not of {about['features']} {about['weights']}: measure that set anew")
-    return known if same else {}
+    made = made or {**about, "features": "inception"}  # ADM's files do not tell of what they are
+    if all(made.get(key) == about[key] for key in about):
+        return known
+    if not images.count:
+        theirs = f"{made.get('features')} {made.get('weights')}"
+        ours = f"{about['features']} {about['weights']}"
+        raise BadInput(f"{path} holds statistics of {theirs}, not of {ours}: measure that set anew")
+    return {}
+
 
 @torch.no_grad()
 def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
@@ -356,120 +420,139 @@ def compare(sample: dict, ref: dict, net: nn.Module) -> dict:
     for name, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mu in sample and mu in ref:
             numbers[name] = frechet_distance(sample[mu], sample[sigma], ref[mu], ref[sigma])
+    features = sample["features"]
     if isinstance(net, FIDInception):
-        logits = F.linear(sample["features"], net.fc.weight)          # without the bias, as ADM
+        logits = F.linear(features, net.fc.weight)  # without the bias, as ADM
         numbers["inception_score"] = inception_score(logits)
     elif net.vit.num_classes > 0:
-        numbers["inception_score"] = inception_score(net.vit.head(sample["features"]))
+        numbers["inception_score"] = inception_score(net.vit.head(features))
     if "features" in ref:
-        numbers["precision"], numbers["recall"] = precision_recall(
-            ref["features"], sample["features"])
+        numbers["precision"], numbers["recall"] = precision_recall(ref["features"], features)
     return numbers
+
 
 # ---- 5. The command ------------------------------------------------------------------------------
 def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("samples", help="npz with arr_0, uint8 (N, H, W, 3), or folder of RGB images")
     add("--ref", default="", help="the same, or an npz of statistics [demo: its drawn shapes]")
-    add("--features", choices=["inception", "dinov2", "demo"], default="inception",
-        help="whose features are compared [inception]")
+    features = dict(choices=["inception", "dinov2", "demo"], default="inception")
+    add("--features", **features, help="whose features are compared [inception]")
     add("--weights", default="", metavar="FILE", help="of that network [downloaded once]")
-    add("--save_stats", default="", metavar="FILE", help="write the statistics of --ref (without "
-        "one: of the samples) to an npz that can be a --ref")
+    note = "write the statistics of --ref (without one: of the samples) to an npz, a later --ref"
+    add("--save_stats", default="", metavar="FILE", help=note)
     add("--json", default="", metavar="FILE", help="write numbers and protocol there, too")
     add("--batch_size", type=int, default=64, help="images at a time per process [64]")
     args = parser.parse_args(argv)
-    path = Path(args.samples)    # sample.py leaves its settings beside its npz or PNG files
-    args.settings = str(path / "samples.json" if path.is_dir() else path.with_suffix(".json"))
-    taken = (args.samples, args.ref, args.settings)
-    for name, fits, rule in (
-            ("ref", args.ref or args.save_stats or args.features == "demo",
-             "given, unless --save_stats is to measure the samples alone"),
-            ("weights", not args.weights or args.features != "demo",
-             "left out, as the demo trains its teacher itself"),
-            ("save_stats", not args.save_stats or args.save_stats not in taken
-             and args.save_stats.endswith(".npz") and Path(args.save_stats).parent.is_dir(),
-             "a new file that ends with .npz, in a folder that exists"),
-            ("json", not args.json or args.json not in taken and Path(args.json).parent.is_dir(),
-             "a new file in a folder that exists"),
-            ("batch_size", args.batch_size > 0, "above 0")):
-        if not fits:
-            raise BadInput(f"{name} is {getattr(args, name)!r}: it must be {rule}")
+
+    # sample.py leaves its settings beside its npz or PNG files.
+    path = Path(args.samples)
+    path = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
+    with explained(f"{path} beside the samples is no JSON: remove it"):
+        args.settings = json.loads(path.read_text()) if path.exists() else None
+
+    if not (args.ref or args.save_stats or args.features == "demo"):
+        raise BadInput("--ref is missing: name one, or --save_stats to measure the samples alone")
+    alone = not args.weights or args.features != "demo"
+    ma.require(args, "weights", alone, "left out, as the demo trains its teacher itself")
+    for name in ("save_stats", "json"):
+        written = getattr(args, name)
+        fits = written not in (args.samples, args.ref, str(path))
+        fits = not written or fits and Path(written).parent.is_dir()
+        ma.require(args, name, fits, "a new file in a folder that exists")
+    fits = not args.save_stats or args.save_stats.endswith(".npz")
+    ma.require(args, "save_stats", fits, "a new file that ends with .npz")
+    ma.require(args, "batch_size", args.batch_size > 0, "above 0")
     return args
+
+
+def open_sets(args: argparse.Namespace, rank: int) -> list:
+    """Images of the samples, then of the reference if there is one. Raises BadInput."""
+    sets = [open_images(path, rank) for path in (args.samples, args.ref) if path]
+    if args.features == "demo" and not args.ref:
+        shapes = ma.demo_shapes(ma.DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
+        sets.append(Images("drawn shapes", shapes, len(shapes), tuple(shapes.shape[1:3])))
+    samples, other = sets[0], sets[-1]
+    if samples.size and other.size and samples.size != other.size:
+        sizes = f"(height, width) {other.size}, {samples.name} of {samples.size}"
+        raise BadInput(f"{other.name} has images of {sizes}: crop both to one size first")
+    return sets
+
+
+def warn(n: int, dim: int, about: dict) -> None:
+    """Tells what the numbers of n images with dim features are not worth."""
+    if n < 2048:
+        singular = ", and the covariance is singular" if n <= dim else ""
+        print(f"warning: N is {n}, below 2048: Frechet distances are biased upwards{singular}")
+    elif n != 50_000:
+        print(f"warning: N is {n}, not the papers' 50,000: compare at equal N")
+    if about["features"] != "inception" or about["weights"][:8] not in WEIGHTS_URL:
+        network = f"{about['features']} {about['weights']}, not those of the papers"
+        print(f"warning: features of {network}: such numbers compare only with each other")
+
+
+def tell(numbers: dict, features: str) -> None:
+    """The five numbers, a line each."""
+    name = "FID" if features == "inception" else f"FD-{features}"
+    labels = dict(fid=name, sfid=f"s{name}", inception_score="Inception Score")
+    for key, value in numbers.items():
+        print(f"{labels.get(key, key):17}" + ("-" if value is None else f"{value:.4f}"))
+
 
 def run(args: argparse.Namespace) -> dict | None:
     """What the command line asks for; returns the numbers and their protocol (on rank 0)."""
-    rank, world_size, device = setup_distributed()
-    torch.set_float32_matmul_precision("highest")                     # true float32: no TF32
+    rank, world_size, device = ma.setup_distributed()
+    torch.set_float32_matmul_precision("highest")  # true float32: no TF32
     torch.backends.cudnn.allow_tf32 = False
-    try:
-        settings = json.loads(Path(args.settings).read_text())
-    except FileNotFoundError:
-        settings = None
-    except ValueError as error:
-        raise BadInput(f"{args.settings} beside the samples is no JSON: remove it") from error
-    paths = [path for path in (args.samples, args.ref) if path]
-    sets = [open_images(path, rank) for path in paths]
-    if args.features == "demo" and not args.ref:
-        shapes = demo_shapes(DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
-        paths.append("drawn shapes")
-        sets.append(Images(paths[-1], shapes, len(shapes), tuple(shapes.shape[1:3])))
-    for images in filter(None, sets):
-        if images.count < 4:
-            raise BadInput(f"{images.name} holds {images.count} images: precision and recall, with "
-                           "k = 3 neighbours, need at least 4")
-        if sets[0] and images.size != sets[0].size:
-            raise BadInput(f"{images.name} has images of (height, width) {images.size}, "
-                           f"{args.samples} of {sets[0].size}: crop both to one size first")
+
+    # Whatever can be refused is looked at before the long work.
+    sets = open_sets(args, rank)
     net, about = build_features(args.features, args.weights, device, rank)
-    known = [stored_statistics(path, images, about) for path, images in zip(paths, sets)]
-    if not sets[0] and "features" not in known[0]:
+    known = [stored_statistics(images, about) for images in sets]
+    if not sets[0].count and "features" not in known[0]:
         raise BadInput(f"{args.samples} holds statistics, but no images (arr_0) to judge")
+
     stats = []
-    for images, stored in zip(sets, known):
-        found = measure(images, net, device, rank, world_size, args.batch_size) if images else {}
-        if images and "mu" in stored:    # as ADM: statistics of the file replace those of images
-            found = {"features": found["features"]}
+    for images, stored in zip(sets, known, strict=True):
+        found = measure(images, net, device, rank, world_size, args.batch_size)
+        if "mu" in stored:  # as ADM: a file's statistics replace those of its images
+            found = {key: found[key] for key in found if key == "features"}
         stats.append({key: x.to(device) for key, x in {**found, **stored}.items()})
     if world_size > 1:
         dist.destroy_process_group()
-    if rank > 0:                         # the rest takes one process, and a minute at most
+    if rank > 0:  # the rest takes one process, and a minute at most
         return None
 
-    source = sets[-1].source if sets[-1] else paths[-1]
     n, dim = stats[0]["features"].shape
-    protocol = dict(n=n, reference=paths[-1],
-                    reference_sha256=sha256(source if isinstance(source, list) else [source]),
-                    reference_images=len(stats[-1].get("features", [])),
-                    statistics="stored" if "mu" in known[-1] else "of the images", **about,
-                    k=3, split_size=5000, sampler=settings)
+    source = sets[-1].source
+    protocol = dict(
+        n=n,
+        reference=sets[-1].name,
+        reference_sha256=sha256(source if isinstance(source, list) else [source]),
+        reference_images=len(stats[-1].get("features", [])),
+        statistics="stored" if "mu" in known[-1] else "of the images",
+        **about,
+        k=3,
+        split_size=5000,
+        sampler=args.settings,
+    )
     print("protocol:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
-    foreign = args.features != "inception" or about["weights"][:8] not in WEIGHTS_URL
-    for applies, note in (
-            (n < 2048, f"N is {n}, below 2048: Frechet distances are biased upwards"
-                       f"{', and the covariance is singular' * (n <= dim)}"),
-            (2048 <= n != 50_000, f"N is {n}, not the papers' 50,000: compare at equal N"),
-            (foreign, f"features of {args.features} {about['weights']}, not those of the papers: "
-                      "such numbers compare only with each other")):
-        if applies:
-            print("warning:", note)
+    warn(n, dim, about)
     if args.save_stats:
-        with open(args.save_stats, "wb") as file:
-            arrays = {key: x.cpu() for key, x in stats[-1].items()}
-            np.savez(file, protocol=json.dumps(protocol), **arrays)
+        arrays = {key: x.cpu().numpy() for key, x in stats[-1].items()}
+        np.savez(args.save_stats, protocol=json.dumps(protocol), **arrays)
     if len(stats) == 1:
         return None
-    result = dict(compare(*stats, net), n=n, protocol=protocol)
-    name = "FID" if args.features == "inception" else f"FD-{args.features}"
-    for label, key in ((name, "fid"), (f"s{name}", "sfid"), ("Inception Score", "inception_score"),
-                       ("precision", "precision"), ("recall", "recall")):
-        print(f"{label:17}" + ("-" if result[key] is None else f"{result[key]:.4f}"))
+    numbers = compare(*stats, net)
+    tell(numbers, args.features)
+    result = dict(numbers, n=n, protocol=protocol)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
     return result
+
 
 def main() -> None:
     """Scores from the command line; bad input ends it with one sentence."""
@@ -477,6 +560,7 @@ def main() -> None:
         run(parse_args())
     except (BadInput, OSError) as error:
         sys.exit(f"fid.py: {error}")
+
 
 if __name__ == "__main__":
     main()

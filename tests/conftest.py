@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is equal to the bit on CPU is not on a GPU
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the programs: such small networks gain by no more
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "golden")]
 
-QUICK = ("config", "data", "fid", "method", "model", "objective", "sampler")  # of tests/test_*.py
+QUICK = ("config", "data", "fid", "form", "method", "model", "objective", "sampler")
 SLOW = {"folder", "quick", "vae_file"}  # but not what asks for these fixtures
 
 
@@ -46,15 +47,26 @@ def vae_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_vae_file(tmp_path_factory):
+    """The same with a quarter of the channels: for what only needs some VAE."""
+    return save_weights("vae/sd_vae", tmp_path_factory.mktemp("vae") / "small.pth", shrink=4)
+
+
+@pytest.fixture(scope="session")
 def dino_file(tmp_path_factory):
     """Meta's format: 37 x 37 positions and a mask token, in a .pth file; made-up values."""
     path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
     return save_weights("dinov2/vit_s14_224", path)
 
 
-def save_weights(case, path):
+def save_weights(case, path, shrink=1):
     import torch
     from golden_cases import CASES, weights
 
-    torch.save(weights(CASES[case], torch.float32), path)
+    case = dict(CASES[case])
+    case["state_dict"] = [
+        (name, [n // shrink if n >= 128 else n for n in shape])
+        for name, shape in case["state_dict"]
+    ]
+    torch.save(weights(case, torch.float32), path)
     return str(path)

@@ -12,18 +12,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+import torch.distributed.run
+
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["maskalign"])
+SERVER.set_forkserver_preload(["maskalign", "torch.distributed.run"])
 os.environ["PYTHONPATH"] = str(ROOT)  # where the server looks for it
 
 
 def run_script(script, argv, shown, environment, before):
     """What the new process does; its stdout and stderr go to the two files `shown`."""
     for number, path in enumerate(shown, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     multiprocessing.set_start_method(None, force=True)  # data workers start as ever, not as we did
     os.environ.update(environment)
+    if "RANK" in environment:
+        torch.set_num_threads(1)  # as torchrun
     sys.argv = [script, *argv]
     if before:
         before()
@@ -34,10 +39,10 @@ class Program:
     """A script of ours that runs; `before` is called in its process first, and must pickle."""
 
     def __init__(self, script, *argv, before=None, **environment):
-        self.shown = [tempfile.NamedTemporaryFile() for _ in range(2)]
-        names = [file.name for file in self.shown]
+        self.folder = tempfile.TemporaryDirectory()  # goes with this object
+        self.shown = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         script, argv = str(ROOT / script), [str(x) for x in argv]
-        args = (script, argv, names, environment, before)
+        args = (script, argv, self.shown, environment, before)
         self.process = SERVER.Process(target=run_script, args=args)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
@@ -54,7 +59,13 @@ class Program:
         return self.process.exitcode, *self.read()
 
     def read(self):
-        return [Path(file.name).read_text() for file in self.shown]
+        return [path.read_text() if path.exists() else "" for path in self.shown]
+
+
+def torchrun(count, script, *argv):
+    """`torchrun --standalone --nproc_per_node=COUNT SCRIPT`: its ranks are true new processes."""
+    options = ("--standalone", f"--nproc_per_node={count}")
+    return Program(torch.distributed.run.__file__, *options, ROOT / script, *argv)
 
 
 def start_ranks(count, script, *argv, **options):

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 import maskalign
-from maskalign import DEMO, METHODS, SIZES, BadInput, Config, make_config, parse_config
+from maskalign import (
+    DEMO,
+    METHODS,
+    SIZES,
+    BadInput,
+    Config,
+    make_config,
+    parse_config,
+    setting,
+)
 
 
 def test_defaults_are_the_papers_main_run():
@@ -58,37 +67,47 @@ def test_alignment_depth_follows_the_size_unless_typed(size, depth):
     assert make_config(data="x", size=size, align_depth=5).align_depth == 5
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_a_row_of_settings(method):
+ROWS = {  # class_token, mixer_depth, mask_ratio, align_coeff: as the papers have them
+    "sit": (False, 0, 0.0, 0.0),
+    "repa": (False, 0, 0.0, 0.5),
+    "reg": (True, 0, 0.0, 0.5),
+    "maskalign": (True, 2, 0.25, 0.5),
+    "repa+maskalign": (False, 2, 0.25, 0.5),
+    "maskalign-no-mixing": (True, 0, 0.25, 0.5),
+    "maskalign-no-masking": (True, 2, 0.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_the_papers_methods_differ_as_the_papers_say(method):
     c = make_config(method=method)
-    assert all(getattr(c, name) == value for name, value in METHODS[method].items())
-    assert (c.class_token, c.mixer_depth, c.mask_ratio, c.align_coeff) == {
-        "sit": (False, 0, 0.0, 0.0),
-        "repa": (False, 0, 0.0, 0.5),
-        "reg": (True, 0, 0.0, 0.5),
-        "maskalign": (True, 2, 0.25, 0.5),
-        "repa+maskalign": (False, 2, 0.25, 0.5),
-        "maskalign-no-mixing": (True, 0, 0.25, 0.5),
-        "maskalign-no-masking": (True, 2, 0.0, 0.5),
-        "haste": (False, 0, 0.0, 0.5),
-        "sra": (False, 0, 0.0, 0.2),
-        "xar": (False, 0, 0.0, 0.0),
-    }[method]
+    assert (c.class_token, c.mixer_depth, c.mask_ratio, c.align_coeff) == ROWS[method]
 
 
-def test_every_typed_field_has_a_flag_with_its_comment_as_help(capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_row_of_settings_and_nothing_else(method):
+    ours, theirs = (dataclasses.asdict(make_config(method=name)) for name in ("maskalign", method))
+    named = dict(method=method, out=theirs["out"])
+    assert theirs == ours | METHODS["maskalign"] | METHODS[method] | named
+
+
+def help_of(capsys, **options):
     with pytest.raises(SystemExit):
-        parse_config(["--help"])
-    shown = capsys.readouterr().out
+        parse_config(["--help"], **options)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_every_field_with_a_note_has_a_flag_whose_help_it_is(capsys):
+    shown = help_of(capsys)
     for field in dataclasses.fields(Config):
-        derived = field.name in ("attn_layers", "num_classes", "z_dim", "class_names")
+        derived = field.name in ("num_classes", "z_dim", "class_names")
         assert (f"--{field.name} " in shown.replace(",", " ")) != derived, field.name
-    assert "Tab. 7: lambda, weight of the alignment loss" in " ".join(shown.split())
+    assert "Tab. 7: lambda, alignment; 0: none [0.5]" in shown
+    assert "pulled towards the teacher's" in shown  # the docstring of the file
 
 
 def test_bool_flags_work_both_ways():
     assert parse_config(["--no-compile"]).compile is False and parse_config(["--compile"]).compile
-    assert parse_config(["--prepare", "--data", "x"]).prepare
 
 
 def test_config_survives_the_checkpoint():
@@ -114,7 +133,7 @@ def test_config_survives_the_checkpoint():
         (dict(lr=float("inf")), r"lr is inf"),
         (dict(batch_size=-1), r"batch_size is -1"),
         (dict(steps=-5), r"steps is -5: it must be 0 or above"),
-        (dict(prepare=True), r"prepare is True: it must be used with --data and a VAE"),
+        (dict(milestone_every=0), r"milestone_every is 0: it must be above 0"),
     ],
 )
 def test_a_value_that_cannot_work_is_one_sentence(typed, message):
@@ -132,3 +151,58 @@ def test_unknown_or_abbreviated_flags_are_refused(argv, capsys):
 
 def test_importing_has_no_side_effect():
     assert "torch.distributed" in repr(maskalign.dist) and not maskalign.dist.is_initialized()
+
+
+# ---- what a fork brings
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkConfig(Config):
+    """As a fork writes it: its name, two defaults of its own, two settings, a row of sizes."""
+
+    method: str = setting("fork", "this fork, or a row of METHODS")
+    class_token: bool = setting(False, "as the fork's paper")
+    align_coeff: float = setting(0.25, "as the fork's paper", rule="0 or above")
+    warmth: float = setting(0.5, "ours: share of warmth", rule="in [0, 1)")
+    chatty: bool = setting(False, "ours: tell more", free=True)
+    plain: int = 3  # a field like any other: no flag, no rule, not free
+
+    sizes = SIZES | {"demo-tall": SIZES["demo"] | dict(depth=9)}
+
+
+def test_a_forks_own_settings_are_flags_with_rules_and_its_doc_is_the_help(capsys):
+    c = parse_config(["--warmth", "0.25", "--chatty"], ForkConfig)
+    assert type(c) is ForkConfig and (c.warmth, c.chatty) == (0.25, True)
+    shown = help_of(capsys, kind=ForkConfig, doc="What this fork does.")
+    assert "What this fork does." in shown and "ours: share of warmth [0.5]" in shown
+    assert "pulled towards" not in shown and "--plain" not in shown
+    assert make_config(ForkConfig, plain=-1).plain == -1
+    with pytest.raises(BadInput, match=r"warmth is 1.0: it must be in \[0, 1\)"):
+        make_config(ForkConfig, warmth=1.0)
+
+
+def test_a_forks_own_method_is_its_defaults():
+    c = make_config(ForkConfig)
+    assert (c.method, c.class_token, c.align_coeff) == ("fork", False, 0.25)
+    assert c.batch_size == DEMO["batch_size"] and c.out == "runs/fork-demo"
+    reg = make_config(ForkConfig, method="reg", class_token=True)
+    assert reg.mixer_depth == 0 and reg.class_token
+    with pytest.raises(BadInput, match="unknown method 'mae': choose from sit, .*, fork"):
+        make_config(ForkConfig, method="mae")
+    with pytest.raises(BadInput, match="unknown method 'fork'"):
+        make_config(method="fork")
+
+
+def test_a_fork_may_bring_sizes_of_its_own():
+    assert make_config(ForkConfig, size="demo-tall").depth == 9
+    assert make_config(ForkConfig, size="demo-tall", depth=10).depth == 10
+    with pytest.raises(BadInput, match="unknown size 'demo-tall'"):
+        make_config(size="demo-tall")
+
+
+def test_what_a_resume_may_change_is_told_by_the_field_itself():
+    free = {field.name for field in dataclasses.fields(ForkConfig) if field.metadata.get("free")}
+    assert {"lr", "steps", "workers", "accum", "log_every", "save_every", "chatty"} <= free
+    assert (
+        not {"warmth", "method", "seed", "batch_size", "mask_ratio", "num_classes", "plain"} & free
+    )

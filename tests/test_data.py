@@ -1,24 +1,31 @@
-"""Data: shapes, crops, folders as they are found in the wild, and latents encoded beforehand."""
+"""Data: shapes, crops, folders as they are found in the wild, and latents that keep themselves."""
 
+import copy
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 import maskalign
 from maskalign import (
     BadInput,
     FolderImages,
+    Run,
+    build_model,
+    build_teacher,
     build_vae,
-    cache_file,
     center_crop,
     demo_shapes,
     encode_images,
     index_batches,
+    keep_latents,
     make_config,
-    prepare,
+    set_up,
 )
 
 
@@ -125,7 +132,9 @@ def test_a_grey_ramp_stays_a_ramp_with_8_and_with_16_bits(name, dtype, opened, t
 def test_pixels_of_unknown_range_are_refused_with_one_sentence(mode, dtype, tmp_path):
     ramp_file(tmp_path / "only" / "x.tif", dtype, mode, top=1)
     images = FolderImages(str(tmp_path), 16)
-    with pytest.raises(BadInput, match=f"x.tif has pixels of mode {mode}, .*: save it with 8 or"):
+    with pytest.raises(
+        BadInput, match="x.tif is no readable .*range is unknown: save it with 8 or 16"
+    ):
         images[0]
 
 
@@ -139,16 +148,11 @@ def test_formats_of_photographs_are_read(suffix, tmp_path):
     assert (crop.float().mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 8
 
 
-def test_files_that_are_skipped_are_told_in_one_line(tmp_path, capsys):
+def test_files_that_are_no_images_by_their_name_are_left_out(tmp_path):
     folder = make_folder(tmp_path)
     for name in ("cat/a.txt", "dog/b.TXT", "dog/c.svg", "dog/Thumbs"):
         (tmp_path / name).write_text("no image")
-    images = FolderImages(folder, 16)
-    maskalign.tell_skipped(folder, images.skipped)
-    shown = capsys.readouterr().out
-    assert len(images) == 6 and "no image by its name: 2 .txt, 1 no suffix, 1 .svg\n" in shown
-    maskalign.tell_skipped(folder, FolderImages(make_folder(tmp_path / "all"), 16).skipped)
-    assert capsys.readouterr().out == ""
+    assert len(FolderImages(folder, 16)) == 6
 
 
 def test_train_is_a_class_where_other_classes_lie_beside_it(tmp_path):
@@ -193,81 +197,181 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
         images[4]
 
 
+def batches(config, count, step=0, rank=0, world_size=1):
+    """The micro-batches of indices, as lists, that a process takes from `step` on."""
+    run = Run(config, rank, world_size, dataset=range(count), step=step)
+    return [batch.tolist() for batch in index_batches(run)]
+
+
 def test_every_image_is_seen_once_per_epoch_in_an_order_of_the_seed():
     config = make_config(batch_size=4, steps=15, seed=3)
-    stream = [i for batch in index_batches(10, config, 0, 0, 1) for i in batch]
+    stream = sum(batches(config, 10), [])
     epochs = [stream[k : k + 10] for k in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert stream != [
-        i
-        for batch in index_batches(10, make_config(batch_size=4, steps=15, seed=4), 0, 0, 1)
-        for i in batch
-    ]
+    assert stream != sum(batches(make_config(batch_size=4, steps=15, seed=4), 10), [])
 
 
 @pytest.mark.parametrize("world_size, accum", [(1, 2), (2, 1), (2, 3), (6, 2)])
 def test_processes_and_micro_batches_share_the_same_stream(world_size, accum):
-    one = make_config(batch_size=12, steps=5)
-    whole = [list(batch) for batch in index_batches(7, one, 0, 0, 1)]  # fewer images than a batch
+    whole = batches(make_config(batch_size=12, steps=5), 7)  # fewer images than a batch
     config = make_config(batch_size=12, steps=5, accum=accum)
-    ranks = [list(index_batches(7, config, 0, rank, world_size)) for rank in range(world_size)]
+    ranks = [batches(config, 7, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(5):
-        parts = [ranks[r][step * accum + a] for r in range(world_size) for a in range(accum)]
-        assert [i for part in parts for i in part] == whole[step]
+        shares = [ranks[r][step * accum + a] for r in range(world_size) for a in range(accum)]
+        assert sum(shares, []) == whole[step]
 
 
 def test_the_stream_goes_on_where_it_stopped():
     config = make_config(batch_size=4, steps=9)
-    whole = [list(b) for b in index_batches(10, config, 0, 0, 1)]
-    assert [list(b) for b in index_batches(10, config, 5, 0, 1)] == whole[5:]
+    assert batches(config, 10, step=5) == batches(config, 10)[5:]
 
 
-def prepared(folder, vae_file, **typed):
-    config = make_config(
-        data=folder, image_size=16, vae_weights=vae_file, prepare=True, workers=0, **typed
-    )
-    data, vae = FolderImages(folder, 16), build_vae(config, "cpu")
-    return config, data, vae, cache_file(config, data, vae)
+# ---- latents that keep themselves
 
 
-def test_prepared_latents_are_those_encoded_on_the_fly(tmp_path, vae_file):
-    config, data, vae, path = prepared(make_folder(tmp_path / "data"), vae_file)
-    prepare(config, data, vae, "cpu", 0, 1)
-    data.cache = path
-    assert path.parent == tmp_path / "data-latents" and len(data) == 6
-    for image, _, moments in (data[i] for i in range(6)):
-        direct = encode_images(vae, image[None])[0]
-        torch.testing.assert_close(moments.float(), direct, rtol=2e-3, atol=1e-4)  # float16
-        assert moments.dtype == torch.float16 and moments.shape == (8, 2, 2)
+@pytest.fixture(scope="module")
+def vae(small_vae_file):
+    return build_vae(make_config(data="x", vae_weights=small_vae_file), "cpu")
 
 
-def test_killed_preparation_goes_on_without_doing_rows_again(tmp_path, vae_file, monkeypatch):
-    config, data, vae, path = prepared(make_folder(tmp_path / "data", per_class=40), vae_file)
-    calls, encode = [], maskalign.encode_images
+@pytest.fixture
+def encoded(monkeypatch):
+    """The numbers of images that were encoded, call by call."""
+    calls = []
 
     def count(vae, images):
         calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(vae, images)
+        return encode_images(vae, images)
 
     monkeypatch.setattr(maskalign, "encode_images", count)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config, data, vae, "cpu", 0, 1)
-    assert not path.exists()  # half a cache is not taken for a whole one
-    prepare(config, data, vae, "cpu", 0, 1)
-    assert calls == [32, 32, 32, 16] and (np.load(path)[:, -1, -1, -1] > 0).all()
-    prepare(config, data, vae, "cpu", 0, 1)  # nothing left to do
-    assert len(calls) == 4
+    return calls
 
 
-def test_cache_of_other_files_crop_or_vae_is_not_used(tmp_path, vae_file):
+def run_on(folder, vae, size=16):
+    """What a run knows of its data; the latents lie in a folder beside them."""
+    config = make_config(data=str(folder), image_size=size)
+    dataset = FolderImages(config.data, size)
+    dataset.cache = os.path.join(os.path.dirname(folder), "latents")
+    return Run(config, dataset=dataset, vae=vae)
+
+
+def load(run, ids):
+    """(images, files of their latents), as a loader hands them over."""
+    images, _, files = default_collate([run.dataset[i] for i in ids])
+    return images, files
+
+
+def test_latents_are_written_when_first_seen_and_read_from_then_on(tmp_path, vae, encoded):
     folder = make_folder(tmp_path / "data")
-    config, data, vae, path = prepared(folder, vae_file)
-    vae.register_buffer("quant_conv/bias", getattr(vae, "quant_conv/bias") + 1)
-    assert cache_file(config, data, vae) != path
-    bigger = make_config(data=folder, image_size=32, vae_weights=vae_file)
-    assert cache_file(bigger, data, build_vae(bigger, "cpu")) != path
-    os.rename(f"{folder}/cat/0.png", f"{folder}/cat/9.png")
-    assert prepared(folder, vae_file)[3] != path
+    run = run_on(folder, vae)
+    images, files = load(run, [4, 0, 2])
+    first = keep_latents(run, images, files)
+    assert first.dtype == torch.float32 and first.shape == (3, 8, 2, 2) and encoded == [3]
+    assert torch.equal(first, encode_images(vae, images).half().float())
+
+    run = run_on(folder, vae)
+    again = keep_latents(run, *load(run, [2, 0, 4]))
+    assert torch.equal(again, first.flip(0)) and encoded == [3]
+    for file, row in zip(files, first, strict=True):
+        kept = np.load(file)
+        assert kept.dtype == np.float16 and np.array_equal(kept, row.numpy())
+    assert len(list((tmp_path / "latents").rglob("*.npy"))) == 3
+
+
+def test_a_file_whose_writing_was_killed_is_written_again_and_no_other(tmp_path, vae, encoded):
+    """In a batch of the same images: so its numbers are the same, too."""
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    images, files = load(run, range(6))
+    whole = keep_latents(run, images, files)
+    before = [(Path(file).read_bytes(), os.stat(file).st_mtime_ns) for file in files]
+    length = len(before[3][0])
+    for written in (0, 1, 7, 60, length - 64, length - 1):  # bytes that reached the disk
+        os.truncate(files[3], written)
+        assert torch.equal(keep_latents(run, images, files), whole)
+        after = [(Path(file).read_bytes(), os.stat(file).st_mtime_ns) for file in files]
+        assert after[3][0] == before[3][0] and after[:3] + after[4:] == before[:3] + before[4:]
+    for odd in (b"no numbers", b"PK\x03\x04 no zip", before[0][0][:128]):
+        Path(files[3]).write_bytes(odd)
+        assert torch.equal(keep_latents(run, images, files), whole)
+    np.save(files[3], np.ones((8, 3, 2), np.float16))  # of another shape
+    assert torch.equal(keep_latents(run, images, files), whole)
+    os.remove(files[3])
+    assert torch.equal(keep_latents(run, images, files), whole)
+    assert encoded == [6] * 12
+
+
+def test_what_another_process_wrote_is_what_is_used(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    images, files = load(run, [1, 2])
+    theirs = torch.full((8, 2, 2), 0.5)
+    os.makedirs(os.path.dirname(files[1]))
+    np.save(files[1], theirs.half().numpy())
+    kept = keep_latents(run, images, files)
+    assert torch.equal(kept[1], theirs) and not torch.equal(kept[0], theirs)
+    assert np.array_equal(np.load(files[1]), theirs) and np.array_equal(np.load(files[0]), kept[0])
+
+
+def test_an_image_that_comes_twice_in_a_batch_has_one_file(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    images, files = load(run, [5, 5])
+    kept = keep_latents(run, images, files)
+    assert files[0] == files[1] and torch.equal(kept[0], kept[1])
+
+
+def test_another_image_or_crop_has_another_file(tmp_path, vae):
+    folder = tmp_path / "data"
+    make_folder(folder)
+
+    def name(size=16, index=0):
+        return run_on(folder, vae, size).dataset[index][2]
+
+    first = name()
+    assert name() == first and name(size=32) != first
+    assert len({name(index=i) for i in range(6)}) == 6
+
+    image, before = folder / "cat" / "0.png", os.stat(folder / "cat" / "0.png")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+    assert name() != first  # replaced under the same name, later
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert name() == first
+    with open(image, "ab") as file:
+        file.write(b"\0")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert name() != first  # another length
+    os.rename(image, folder / "cat" / "9.png")
+    assert name(index=2) != first
+
+
+def test_another_vae_has_another_folder(tmp_path, small_vae_file):
+    folder = make_folder(tmp_path / "data")
+    state = torch.load(small_vae_file, weights_only=True)
+    state["quant_conv.bias"] += 1e-3
+    torch.save(state, tmp_path / "other.pth")
+    folders = []
+    for path in (small_vae_file, str(tmp_path / "other.pth"), small_vae_file):
+        small = dict(
+            image_size=16, depth=1, align_depth=1, hidden_size=32, num_heads=2, method="sit"
+        )
+        config = make_config(data=folder, vae_weights=path, **small)
+        folders.append(set_up(config, build_model, build_teacher).dataset.cache)
+    assert folders[0] == folders[2] != folders[1]
+    assert {os.path.dirname(path) for path in folders} == {str(tmp_path / "data-latents")}
+
+
+def test_a_folder_that_moved_finds_its_latents(tmp_path, vae, encoded):
+    run = run_on(make_folder(tmp_path / "here"), vae)
+    first = keep_latents(run, *load(run, range(6)))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    run = run_on(tmp_path / "there", vae)
+    assert torch.equal(keep_latents(run, *load(run, range(6))), first) and encoded == [6]
+
+
+def test_latents_that_are_not_finite_are_not_kept(tmp_path, vae):
+    run = run_on(make_folder(tmp_path / "data"), vae)
+    run.vae = copy.copy(vae)
+    run.vae.tensors = dict(vae.tensors)
+    run.vae.tensors["quant_conv.bias"] = vae.tensors["quant_conv.bias"] + 1e6  # no float16 holds it
+    with pytest.raises(BadInput, match="gives latents that are not finite: name another"):
+        keep_latents(run, *load(run, [0, 1]))
+    assert not list((tmp_path / "latents").rglob("*.npy"))

@@ -41,21 +41,27 @@ def inception(folder):
 @pytest.fixture(scope="session")
 def measured(folder, inception):
     """The statistics and features of the golden sets, computed once."""
+    torch.set_num_threads(os.cpu_count())  # the one network here that is large enough
     with torch.no_grad():
-        return {
+        results = {
             name: fid.measure(
-                fid.open_images(f"{folder}/{name}.npz"), inception[0], torch.device("cpu")
+                fid.open_images(f"{folder}/{name}.npz"),
+                inception[0],
+                torch.device("cpu"),
+                batch_size=8,  # on CPU a fifth faster than 64
             )
             for name in "ACD"
         }
+    torch.set_num_threads(1)
+    return results
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """fid.py with features that cost nothing: the demo's teacher, hardly trained."""
-    make = fid.make_config
-    monkeypatch.setattr(fid, "make_config", lambda: make(teacher_steps=2))
-    monkeypatch.setattr(fid, "demo_shapes", lambda size: maskalign.demo_shapes(size, 512))
+    make, draw = maskalign.make_config, maskalign.demo_shapes
+    monkeypatch.setattr(maskalign, "make_config", lambda: make(teacher_steps=2))
+    monkeypatch.setattr(maskalign, "demo_shapes", lambda size, count=512: draw(size, count))
     monkeypatch.chdir(tmp_path)
     return lambda *argv: run(*argv, "--features=demo")
 
@@ -145,7 +151,7 @@ def test_two_processes_judge_by_an_adm_reference_as_adm_does(
     """Its statistics (of 64 images) count for FID and sFID, its images (24) for the others."""
     stats = {key: measured["A"][key] for key in fid.STATISTICS}
     np.savez(folder / "virtual.npz", arr_0=formula.images("public", "A")[:24], **stats)
-    argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=24"]  # 48 + 16
+    argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=12"]  # 36 + 28
     monkeypatch.chdir(folder)
     ranks = [rank.end() for rank in start_ranks(2, "fid.py", "B.npz", *argv)]
     assert [status for status, *_ in ranks] == [0, 0], ranks
@@ -201,7 +207,10 @@ def test_equal_covariances_leave_the_squared_distance_of_the_means():
 
 
 def test_a_set_compared_with_itself_gives_0_1_1(measured, inception):
-    found = fid.compare(measured["A"], measured["A"], inception[0])
+    """By 64 images, and 300 of the features: as singular as all of them, and sooner."""
+    cut = {key: x[:300, :300] if x.ndim == 2 else x[:300] for key, x in measured["A"].items()}
+    cut["features"] = measured["A"]["features"]
+    found = fid.compare(cut, cut, inception[0])
     assert found["fid"] == pytest.approx(0, abs=1e-9) and found["sfid"] == pytest.approx(
         0, abs=1e-6
     )
@@ -221,7 +230,7 @@ def test_certain_and_balanced_classes_score_their_number():
 def test_running_sums_give_mean_and_covariance_of_all_pieces():
     x = 5 + np.random.default_rng(0).normal(size=(100, 6))
     parts = [torch.zeros(7, 7, dtype=torch.float64) for _ in range(2)]  # of two processes
-    for part, piece in zip(parts * 2, np.split(x, [10, 37, 90])):
+    for part, piece in zip(parts * 2, np.split(x, [10, 37, 90]), strict=True):
         fid.add_moments(part, torch.from_numpy(piece))
     mu, sigma = fid.mean_and_covariance(parts[0] + parts[1])
     np.testing.assert_allclose(mu, x.mean(axis=0), rtol=1e-13)
@@ -253,7 +262,7 @@ def test_a_folder_takes_the_same_files_as_training_and_tells_the_others(tmp_path
     for name in ("samples.json", "sub.jpg/a.txt", "b.txt"):
         (tmp_path / name).write_text("{}")
     assert fid.open_images(str(tmp_path)).count == 4
-    assert "skipped what is no image by its name: 2 .txt, 1 .json\n" in capsys.readouterr().out
+    assert "skipped 3 files that are no images by their names\n" in capsys.readouterr().out
     assert fid.open_images(str(tmp_path), rank=1).count == 4 and not capsys.readouterr().out
 
 
@@ -321,7 +330,7 @@ def test_dinov2_leaves_out_what_it_has_no_answer_to(quick, monkeypatch, tmp_path
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # in place of the large one
     torch.manual_seed(0)
     torch.save(timm.create_model(name, num_classes=0, img_size=256).state_dict(), "vit.pth")
-    monkeypatch.setattr(fid.Config, "teacher", name)
+    monkeypatch.setattr(maskalign.Config, "teacher", name)
     np.savez("a.npz", pictures(4))
     found = run("a.npz", "--ref=a.npz", "--features=dinov2", "--weights=vit.pth")
     assert found["fid"] == pytest.approx(0, abs=1e-6) and found["recall"] == 1
@@ -390,7 +399,7 @@ def test_objects_are_refused_and_never_unpickled(quick):
     with pytest.raises(BadInput, match=r"x.npz holds arr_0 of object \(4,\)"):
         quick("x.npz")
     np.savez("x.npz", pictures(), mu=np.array([Trap()], dtype=object))
-    with pytest.raises(BadInput, match="x.npz holds no arrays of numbers: Object arrays cannot"):
+    with pytest.raises(BadInput, match="x.npz holds no arrays of numbers .*Object arrays cannot"):
         quick("x.npz")
     assert not Path("unpickled").exists()
 
@@ -411,7 +420,7 @@ def test_files_that_are_no_images_or_damaged_are_named(quick):
         ("set.npz", "set.json beside the samples is no JSON: remove it"),
         ("missing.npz", "missing.npz is neither a folder nor a readable npz .*No such file"),
         ("other.npz", r"other.npz holds neither images \(arr_0\) nor statistics"),
-        ("short.npz", "short.npz is damaged .*: write it anew"),
+        ("short.npz", "short.npz is damaged: write it anew"),
     ):
         with pytest.raises(BadInput, match=message):
             quick(name)
@@ -474,7 +483,7 @@ def test_a_wrong_weights_file_is_refused(folder, tmp_path):
     }
     for name, content in wrong.items():
         torch.save(content, tmp_path / name)
-        with pytest.raises(BadInput, match=f"{name} holds no FID Inception .*: pass pt_incep") as e:
+        with pytest.raises(BadInput, match=f"{name} holds no FID Inception: pass pt_incep") as e:
             fid.load_inception(str(tmp_path / name))
         assert "\n" not in str(e.value)
     with pytest.raises(BadInput, match="cannot read .*missing"):
@@ -488,18 +497,18 @@ def test_offline_without_weights_the_way_out_is_named(tmp_path, monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(fid.urllib.request, "urlopen", offline)
-    with pytest.raises(BadInput, match="cannot download https.*6726825d.pth .*--weights FILE"):
+    with pytest.raises(BadInput, match="cannot download https.*6726825d.pth: .*--weights FILE"):
         fid.load_inception()
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["x.npz"], "ref is '': it must be given, unless --save_stats"),
-        (["x.npz", "--features=demo", "--weights=w"], "weights is 'w': it must be left out"),
-        (["x.npz", "--save_stats=y.pt"], "save_stats is 'y.pt': it must be a new file that ends"),
-        (["x.npz", "--save_stats=x.npz"], "save_stats is 'x.npz': it must be a new file"),
-        (["x.npz", "--ref=y.npz", "--json=x.json"], "json is 'x.json': it must be a new file"),
+        (["x.npz"], "--ref is missing: name one, or --save_stats"),
+        (["x.npz", "--features=demo", "--weights=w"], "weights is w: it must be left out"),
+        (["x.npz", "--save_stats=y.pt"], "save_stats is y.pt: it must be a new file that ends"),
+        (["x.npz", "--save_stats=x.npz"], "save_stats is x.npz: it must be a new file"),
+        (["x.npz", "--ref=y.npz", "--json=x.json"], "json is x.json: it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=no/x.json"], "json .* in a folder that exists"),
         (["x.npz", "--ref=y.npz", "--batch_size=0"], "batch_size is 0: it must be above 0"),
     ],

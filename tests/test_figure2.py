@@ -2,24 +2,24 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 import curves
 import figure2
 import pytest
 import torch
 from curves import by_name, draw_curves, read_log, ticks
-from figure2 import describe, gradient_norms, membership, parse_args
+from figure2 import alignment_gap, describe, gradient_norms, membership, parse_args
 from PIL import Image, ImageColor
 from processes import ROOT, Program
 from test_method import trained_looking
 from test_model import tiny
-from test_training import TINY
 
 import maskalign
 from maskalign import (
     BadInput,
+    Run,
     SiTOutput,
-    alignment_gap,
     build_model,
     draw_step,
     gather_tokens,
@@ -28,6 +28,8 @@ from maskalign import (
     sample_token_subset,
     seeded,
 )
+
+TINY = dict(hidden_size=32, num_heads=2, depth=3, align_depth=2, projector_dim=16, teacher_steps=3)
 
 
 class TokenByToken(torch.nn.Module):
@@ -55,14 +57,21 @@ class TokenByToken(torch.nn.Module):
 
 def problem(method, masked, n=5, z_dim=6, dtype=torch.float64):
     """(x, y, z, config), drawn: a batch of n images of 16 tokens."""
-    config = make_config(data="x", method=method, num_classes=10, image_size=64, mask_ratio=0.0)
+    config = make_config(
+        data="x",
+        method=method,
+        num_classes=10,
+        image_size=64,
+        z_dim=z_dim,
+        batch_size=n,
+        mask_ratio=0.25 if masked else 0.0,
+    )
     g = seeded("cpu", "problem")
     x, z = torch.randn(n, 4, 8, 8, generator=g), torch.randn(n, 17, z_dim, generator=g)
-    drawn = draw_step(n, x.shape[1:], z_dim, config, g)
-    drawn["ids_keep"] = sample_token_subset(n, 16, 0.25, g) if masked else None
-    drawn.update(
-        {k: v.to(dtype) for k, v in drawn.items() if v is not None and v.is_floating_point()}
-    )
+    drawn = draw_step(Run(config), g)
+    del drawn["vae_noise"]
+    for name in ("t", "noise", "cls_noise"):
+        drawn[name] = drawn[name].to(dtype)
     return (x.to(dtype), torch.arange(n), z.to(dtype), config), drawn
 
 
@@ -86,6 +95,10 @@ def test_gradient_norms_of_a_linear_model_are_the_formula(method, masked):
     torch.testing.assert_close(norms, by_hand, rtol=1e-10, atol=0)
 
 
+def keep_output(seen, module, inputs, output):
+    seen.append(output)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_in_a_batch_are_those_of_each_image_alone_at_the_alignment_layer(masked):
     (x, y, z, config), drawn = problem("maskalign", masked, z_dim=16)
@@ -96,13 +109,13 @@ def test_gradients_in_a_batch_are_those_of_each_image_alone_at_the_alignment_lay
         p.grad is None for p in sit.parameters()
     )
     for i in range(5):
-        seen = []
-        hook = sit.blocks[1].register_forward_hook(lambda module, args, h: seen.append(h))
+        seen = []  # align_depth 2: the output of blocks[1]
+        hook = sit.blocks[1].register_forward_hook(partial(keep_output, seen))
         one = {k: None if v is None else v[i : i + 1] for k, v in drawn.items()}
         row = (part[i : i + 1] for part in (x, y, z))
         align = maskalign.training_losses(sit, *row, config, **one)["align"]
         hook.remove()
-        (alone,) = torch.autograd.grad(align, seen)  # align_depth 2: the output of blocks[1]
+        (alone,) = torch.autograd.grad(align, seen)
         torch.testing.assert_close(batch[i], alone[0, 1:].norm(dim=-1), rtol=1e-9, atol=0)
 
 
@@ -149,16 +162,20 @@ def test_gap_is_the_difference_of_the_two_losses_on_the_kept_tokens():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three tiny runs, weights as after training: name -> folder with latest.pt and log.jsonl."""
+    """Three tiny runs, weights as after training: name -> folder with latest.pt and log.jsonl;
+    maskalign has two milestones, the second of which is latest.pt again."""
     folders = {}
     for method in ("reg", "maskalign", "sit"):
         folder = tmp_path_factory.mktemp("runs") / method
         folder.mkdir()
         config = make_config(**{**TINY, "method": method}, num_classes=8, z_dim=64)
-        state = trained_looking(build_model(config)).state_dict()
-        torch.save(
-            dict(model=state, ema=state, step=7, config=asdict(config)), folder / "latest.pt"
-        )
+        names = {"latest.pt": 7}
+        if method == "maskalign":
+            names |= {"step-0000003.pt": 3, "step-0000007.pt": 7}
+        for name, step in names.items():
+            state = trained_looking(build_model(config), seed=step).state_dict()
+            saved = dict(model=state, ema=state, step=step, config=asdict(config))
+            torch.save(saved, folder / name)
         lines = [
             dict(
                 step=s,
@@ -167,7 +184,7 @@ def runs(tmp_path_factory):
             )
             for s in (2, 4, 6)
         ]
-        lines[-1] |= dict(gap=0.01) if method == "maskalign" else {}
+        lines[-1] |= dict(grad_norm=0.01) if method == "maskalign" else {}
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         folders[method] = folder
     return folders
@@ -186,14 +203,9 @@ def test_the_command_measures_two_runs_and_draws_them(runs, tmp_path, capsys, mo
     found = json.loads(written[1].read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     assert found["settings"]["images"] == 24 and list(found["runs"]) == ["reg", "maskalign"]
     for result in found["runs"].values():
-        assert result["steps"] == 7 and list(result["gap"]) == [
-            "0.1",
-            "0.3",
-            "0.5",
-            "0.7",
-            "0.9",
-            "all",
-        ]
+        (gap,) = result["gap"]  # a checkpoint is named, or the folder has no milestones
+        assert result["steps"] == gap["step"] == 7
+        assert list(gap) == ["step", "0.1", "0.3", "0.5", "0.7", "0.9", "all"]
         assert [(m["t"], m["input"]) for m in result["maps"]] == [
             (t, mode) for mode in ("full", "masked") for t in (0.1, 0.3, 0.5, 0.7, 0.9)
         ]
@@ -202,16 +214,31 @@ def test_the_command_measures_two_runs_and_draws_them(runs, tmp_path, capsys, mo
             assert p.shape == (6, 6) and m["largest"] == p.max() and m["smallest"] == p.min()
             if m["input"] == "full":
                 assert p.sum() == pytest.approx(4)  # each image has round(3.6) tokens in its top
-        assert result["gap"]["all"]["std"] > 0
+        assert gap["all"]["std"] > 0
     assert "reg, t 0.1, full input: " in capsys.readouterr().out
     width, height = Image.open(written[0]).size
     assert width > 900 and height == 100 + 4 * 196
     monkeypatch.setattr(figure2, "BATCH", 7)  # the maps do not depend on it
-    figure2.run(options(runs["maskalign"], "--out", tmp_path / "again"))
+    newest = runs["maskalign"] / "latest.pt"
+    figure2.run(options(newest, "--out", tmp_path / "again"))
     again = json.loads((tmp_path / "again" / "figure2.json").read_text())["runs"]["maskalign"]
     for a, b in zip(again["maps"], found["runs"]["maskalign"]["maps"], strict=True):
         moved = (torch.tensor(a["map"]) - torch.tensor(b["map"])).abs()
         assert moved.mean() < 0.01  # rounding may exchange a token or two of an image's top 10%
+
+
+def test_a_run_with_milestones_gives_a_gap_at_each(runs, tmp_path, capsys):
+    """On the same images, noise and masks: the gap of a file does not depend on the others."""
+    written = figure2.run(options(runs["maskalign"], "--out", tmp_path / "all"))
+    shown = capsys.readouterr().out
+    assert "maskalign, step 3: gap " in shown and "maskalign, step 7: gap " in shown
+    gaps = json.loads(written[1].read_text())["runs"]["maskalign"]["gap"]
+    assert [gap["step"] for gap in gaps] == [3, 7] and gaps[0]["all"] != gaps[1]["all"]
+    early = figure2.run(options(runs["maskalign"] / "step-0000003.pt", "--out", tmp_path / "one"))
+    (alone,) = json.loads(early[1].read_text())["runs"]["maskalign"]["gap"]
+    assert alone == gaps[0]
+    panel = Image.open(written[2]).crop((1080, 80, 1495, 390))  # the gaps make a curve
+    assert ImageColor.getrgb(curves.COLOURS[0]) in {colour for _, colour in panel.getcolors(9999)}
 
 
 def test_bad_input_ends_the_command_with_one_sentence(runs, tmp_path):
@@ -247,7 +274,7 @@ def test_curves_of_runs_share_a_picture_and_a_missing_one_is_left_out(runs, tmp_
     colours = [ImageColor.getrgb(c) for c in curves.COLOURS[:3]]
     assert set(colours) <= shown[0]
     assert colours[0] in shown[1] and colours[2] not in shown[1]  # sit's align is 0 throughout
-    assert colours[1] in shown[2] and colours[0] not in shown[2]  # one logged gap is a dot
+    assert colours[1] in shown[2] and colours[0] not in shown[2]  # one logged value is a dot
     late = curves.run([str(runs["reg"])], str(tmp_path), curves="loss", first=4)
     assert Image.open(late).size == (500, 450)
     with pytest.raises(BadInput, match="0 of these runs logged"):

@@ -2,7 +2,6 @@
 
 import collections
 import pickletools
-import time
 import zipfile
 
 import pytest
@@ -112,20 +111,18 @@ def test_every_tensor_of_the_teacher_comes_from_the_file(tiny, tmp_path):
 
 def test_weights_of_something_else_are_refused_and_not_left_random(tiny, vae_weights, tmp_path):
     without = {name: value for name, value in tiny.items() if "blocks.7." not in name}
-    deeper = {**tiny, "blocks.12.norm1.weight": torch.ones(192)}
     prefixed = {f"module.{name}": value for name, value in tiny.items()}
     wider = {**tiny, "norm.weight": torch.ones(384)}
     for wrong, reason in (
-        (vae_weights, "it has no cls_token"),
-        (without, "it has no blocks.7.norm1.weight"),
-        (prefixed, "it has no cls_token"),
-        (deeper, "it also has blocks.12.norm1.weight"),
+        (vae_weights, "cls_token is not in it"),
+        (without, "blocks.7.norm1.weight is not in it"),
+        (prefixed, "cls_token is not in it"),
         (wider, "size mismatch for norm.weight"),
         ([tiny], "list"),
     ):
         with pytest.raises(BadInput, match=f"vit.pth holds weights of another .*{reason}") as error:
             build(wrong, tmp_path)
-        assert "\n" not in str(error.value) and "--teacher_weights FILE" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_an_empty_file_of_weights_does_not_ask_the_hub(tmp_path, monkeypatch):
@@ -135,9 +132,7 @@ def test_an_empty_file_of_weights_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(maskalign.huggingface_hub, "hf_hub_download", ask)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", ask)
     for empty in ({}, {"model": {}}):
-        with pytest.raises(
-            BadInput, match="vit.pth holds weights of another .*it has no cls_token"
-        ):
+        with pytest.raises(BadInput, match="vit.pth holds weights of another .*cls_token is not"):
             build(empty, tmp_path)
 
 
@@ -152,7 +147,7 @@ def test_dinov3_can_teach_and_has_no_table_of_positions(tmp_path):
     for key, value in teacher.vit.state_dict().items():
         assert torch.equal(value, state[key])
     del state["reg_token"]
-    with pytest.raises(BadInput, match="it has no reg_token"):
+    with pytest.raises(BadInput, match="reg_token is not in it"):
         build(state, tmp_path, name)
 
 
@@ -171,14 +166,10 @@ def test_dinov2_with_registers_is_read_from_metas_names(tmp_path):
         torch.testing.assert_close(value, timms[key])
 
 
-def test_a_teacher_without_class_token_is_refused(tmp_path):
+def test_a_teacher_without_class_token_is_refused():
     name = "vit_base_patch16_siglip_224"
-    vit = maskalign.timm.create_model(name, img_size=64, num_classes=0)
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(
-        BadInput, match="'vit_base_patch16_siglip_224' is no ViT of timm with a class token"
-    ):
-        ViTTeacher(name, 4, str(tmp_path / "vit.pth"))
+    with pytest.raises(BadInput, match=f"'{name}' is no ViT of timm with a class token"):
+        ViTTeacher(name, 4, "its weights are not asked for.pth")
 
 
 def test_any_timm_vit_can_teach(tmp_path):
@@ -211,11 +202,10 @@ def test_a_weights_file_cannot_run_code(zipped, tmp_path):
 
     state, path = {"weight": Attack()}, tmp_path / "attack.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        BadInput, match=r"cannot read .*Unsupported global: GLOBAL \S+open "
-    ) as error:
+    with pytest.raises(BadInput, match="cannot read .*/attack.pth") as error:
         read_weights(str(path))
-    assert "delete" not in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "can still be loaded" not in str(error.value), "torch's advice is no advice of ours"
     assert not (tmp_path / "ran").exists()
 
 
@@ -270,7 +260,7 @@ def test_a_file_cut_short_is_refused_in_every_format(kind, share, tmp_path):
     path = write_as(kind, {"weight": torch.randn(50, 50)}, tmp_path / "w.pth")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(BadInput, match="cannot read .*; it must be a whole") as caught:
+    with pytest.raises(BadInput, match="cannot read .*/w[.]") as caught:
         read_weights(str(path))
     assert "\n" not in str(caught.value) and "delete" not in str(caught.value)
 
@@ -280,7 +270,7 @@ def test_a_flipped_bit_of_a_zip_is_refused(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 1  # in the middle of the tensor: torch would load it
     path.write_bytes(whole)
-    with pytest.raises(BadInput, match="cannot read .*data/0 is damaged"):
+    with pytest.raises(BadInput, match="cannot read .* a part of it is damaged"):
         read_weights(str(path))
 
 
@@ -291,16 +281,14 @@ def test_a_flipped_bit_of_a_zip_is_refused(tmp_path):
         (lambda c: build_vae(c, "cpu"), "--vae_weights", "diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_offline_without_a_file_names_both_ways_out_quickly(
-    build, flag, file, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(maskalign.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+def test_offline_without_a_file_names_both_ways_out(build, flag, file, monkeypatch, tmp_path):
+    def no_internet(*args):
+        raise OSError("Connection refused")
+
+    monkeypatch.setattr(maskalign.huggingface_hub, "hf_hub_download", no_internet)
     monkeypatch.setattr(maskalign.huggingface_hub, "try_to_load_from_cache", lambda *a: None)
-    start = time.monotonic()
     with pytest.raises(BadInput, match=f"cannot read {file} of .*internet.* {flag} FILE"):
         build(make_config(data="x"))
-    waited = time.monotonic() - start
-    assert waited < 15, "the hub client's own retries take 45 s"
 
 
 def test_a_file_in_the_hubs_cache_is_used_without_internet(monkeypatch, dino_file):
@@ -383,6 +371,15 @@ def test_demo_teacher_learns_its_classes_and_has_a_patch_per_token():
 
 
 def test_demo_teacher_is_the_same_at_every_start():
+    """Also with another number of threads, which it leaves as it was."""
     config, data = make_config(num_classes=8, teacher_steps=5), demo_shapes(24, 64)
-    one, two = (build_teacher(config, data, "cpu").state_dict() for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values()))
+    states, threads = [], torch.get_num_threads()
+    try:
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            states.append(build_teacher(config, data, "cpu").state_dict())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    one, two = states
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True))

@@ -8,23 +8,22 @@ from golden_cases import HERE, assert_golden, ids, inputs, model
 
 from maskalign import (
     METHODS,
-    SiT,
     BadInput,
+    SiT,
     build_model,
-    from_official,
     make_config,
     patchify,
     sincos_pos_embed,
     unpatchify,
 )
+from sample import from_official
 
 
 def tiny(**changes):
     """A SiT small enough for any test; class token and two mixers unless changed."""
     options = dict(
-        input_size=8,
-        patch_size=2,
-        in_channels=4,
+        data="x",
+        image_size=64,
         hidden_size=32,
         depth=4,
         num_heads=4,
@@ -32,10 +31,8 @@ def tiny(**changes):
         z_dim=16,
         projector_dim=24,
         align_depth=2,
-        class_token=True,
-        mixer_depth=2,
     )
-    return SiT(**{**options, **changes})
+    return SiT(make_config(**{**options, **changes}))
 
 
 @ids("forward/re", without=["SiT-B"])
@@ -118,7 +115,7 @@ def test_output_is_zero_at_initialisation(method):
     assert out.v.shape == (2, 36, 48) and not out.v.any()
     assert (out.v_cls is None) == (not config.class_token)
     assert out.v_cls is None or (out.v_cls.shape == (2, 768) and not out.v_cls.any())
-    assert (out.z_pred is None) == (method in ("sit", "xar"))
+    assert (out.z_pred is None) == (config.align_coeff == 0)
 
 
 def test_every_weight_is_initialised_as_in_dit():
@@ -134,6 +131,27 @@ def test_every_weight_is_initialised_as_in_dit():
             flat = p.flatten(1)
             assert p.abs().max() <= (bound := (6 / sum(flat.shape)) ** 0.5), name
             assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+
+
+def test_adaln_zero_makes_every_block_the_identity():
+    sit, h, c = tiny(), torch.randn(2, 17, 32), torch.randn(2, 1, 32)
+    for block in (*sit.mixer, *sit.blocks):
+        assert torch.equal(block(h, c), h)
+    assert not any(part.any() for part in sit.final_layer(h, c))
+
+
+def test_embedding_shows_all_tokens_mixed_and_the_forward_starts_from_it():
+    sit, x, t, y = tiny(), torch.randn(3, 4, 8, 8), torch.rand(3), torch.arange(3)
+    for p in sit.parameters():  # at init gates and heads hide everything
+        p.data.normal_(std=0.2)
+    cls = torch.randn(3, 16)
+    h, c = sit.embed(x, t, y, cls)
+    assert h.shape == (3, 17, 32) and c.shape == (3, 1, 32)
+    for block in sit.blocks:
+        h = block(h, c)
+    v, v_cls = sit.final_layer(h, c)
+    out = sit(x, t, y, cls)
+    assert torch.equal(v, out.v) and torch.equal(v_cls, out.v_cls)
 
 
 def test_class_token_has_no_position_and_positions_are_not_trained():

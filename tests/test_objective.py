@@ -9,17 +9,27 @@ from test_method import batch, trained_looking
 from test_model import tiny
 
 from maskalign import (
+    Run,
     SiTOutput,
     draw_step,
-    from_official,
     make_config,
     patchify,
     sample_token_subset,
     seeded,
     training_losses,
 )
+from sample import from_official
 
-CONFIG = make_config(data="x", num_classes=10)
+SIZE = dict(data="x", num_classes=10, image_size=64, z_dim=16)
+CONFIG = make_config(**SIZE)
+
+
+def draws(config=CONFIG, n=3, **given):
+    """What a step of n images draws, with some of it given."""
+    drawn = draw_step(Run(dataclasses.replace(config, batch_size=n)), seeded("cpu", "test"))
+    del drawn["vae_noise"]  # for the VAE alone
+    assert given.keys() <= drawn.keys()
+    return drawn | given
 
 
 def official_losses(sit, case, x, step=""):
@@ -94,82 +104,68 @@ def test_three_optimiser_steps_equal_the_official_ones(case):
 
 
 def test_identical_features_give_alignment_minus_one():
-    x, t, y, _ = batch()
+    x, _, y, _ = batch()
     z = torch.randn(3, 17, 16)
 
     def perfect(x_t, t, y, cls_t, ids_keep):
         keep = torch.cat([torch.zeros(3, 1, dtype=torch.long), ids_keep + 1], 1)
-        z_kept = torch.stack([row[ids] for row, ids in zip(z, keep)])
+        z_kept = torch.stack([row[ids] for row, ids in zip(z, keep, strict=True)])
         return SiTOutput(torch.zeros(3, ids_keep.shape[1], 16), torch.zeros(3, 16), 3 * z_kept)
 
-    losses = training_losses(perfect, x, y, z, CONFIG)
+    losses = training_losses(perfect, x, y, z, CONFIG, **draws())
     assert losses["align"].item() == pytest.approx(-1, abs=1e-6)
 
 
 def test_a_perfect_velocity_gives_loss_zero():
-    x, t, y, _ = batch()
-    z, noise, cls_noise = torch.randn(3, 17, 16), torch.randn(3, 4, 8, 8), torch.randn(3, 16)
-    keep = sample_token_subset(3, 16, 0.25)
+    x, _, y, _ = batch()
+    z, drawn = torch.randn(3, 17, 16), draws()
 
     def perfect(x_t, t, y, cls_t, ids_keep):
-        v = patchify(noise - x, 2)
-        v = torch.stack([row[ids] for row, ids in zip(v, ids_keep)])
-        return SiTOutput(v, cls_noise - z[:, 0], None)
+        v = patchify(drawn["noise"] - x, 2)
+        v = torch.stack([row[ids] for row, ids in zip(v, ids_keep, strict=True)])
+        return SiTOutput(v, drawn["cls_noise"] - z[:, 0], None)
 
-    losses = training_losses(
-        perfect, x, y, z, CONFIG, noise=noise, cls_noise=cls_noise, ids_keep=keep
-    )
+    losses = training_losses(perfect, x, y, z, CONFIG, **drawn)
     assert losses["denoise"] == losses["cls"] == losses["align"] == losses["loss"] == 0
 
 
 def test_velocity_is_the_derivative_of_the_path():
     """The model is shown x_t at two times; their slope is the target that it is held to."""
     x, _, y, _ = (part.double() if part.is_floating_point() else part for part in batch())
-    noise, cls_noise, z, seen = (
-        torch.randn_like(x),
-        torch.randn(3, 16).double(),
-        torch.randn(3, 17, 16).double(),
-        [],
-    )
+    z, seen = torch.randn(3, 17, 16).double(), []
+    noise, cls_noise = torch.randn_like(x), torch.randn(3, 16).double()
 
     def spy(x_t, t, y, cls_t, ids_keep):
         seen.append((x_t, cls_t))
         slope = (seen[-1][0] - seen[0][0]) / 0.25, (seen[-1][1] - seen[0][1]) / 0.25
         return SiTOutput(patchify(slope[0], 2), slope[1], None)
 
-    config = dataclasses.replace(CONFIG, mask_ratio=0.0)
+    drawn = draws(noise=noise, cls_noise=cls_noise, ids_keep=None)
     for t in (0.5, 0.75):
-        losses = training_losses(
-            spy, x, y, z, config, t=torch.full((3,), t).double(), noise=noise, cls_noise=cls_noise
-        )
+        drawn["t"] = torch.full((3,), t).double()
+        losses = training_losses(spy, x, y, z, CONFIG, **drawn)
     assert losses["denoise"] < 1e-24 and losses["cls"] < 1e-24
 
 
 def test_time_zero_is_data_and_time_one_is_noise():
     x, _, y, _ = batch()
-    noise, shown = torch.randn_like(x), []
+    drawn, shown = draws(ids_keep=None), []
 
     def spy(x_t, t, y, cls_t, ids_keep):
         shown.append(x_t)
         return SiTOutput(torch.zeros(3, 16, 16), torch.zeros(3, 16), None)
 
-    config = dataclasses.replace(CONFIG, mask_ratio=0.0)
     for t in (0.0, 1.0):
-        training_losses(
-            spy, x, y, torch.randn(3, 17, 16), config, t=torch.full((3,), t), noise=noise
-        )
-    assert torch.equal(shown[0], x) and torch.equal(shown[1], noise)
+        drawn["t"] = torch.full((3,), t)
+        training_losses(spy, x, y, torch.randn(3, 17, 16), CONFIG, **drawn)
+    assert torch.equal(shown[0], x) and torch.equal(shown[1], drawn["noise"])
 
 
 def test_dropped_tokens_are_neither_predicted_nor_aligned():
     """Without a mixer, nothing about a dropped token can change any loss or gradient."""
     sit, (x, t, y, _) = trained_looking(tiny(mixer_depth=0)).double(), batch()
-    x, t, z, noise = (
-        x.double(),
-        t.double(),
-        torch.randn(3, 17, 16).double(),
-        torch.randn(3, 4, 8, 8).double(),
-    )
+    x, t, z = x.double(), t.double(), torch.randn(3, 17, 16).double()
+    noise = torch.randn(3, 4, 8, 8).double()
     keep = torch.arange(1, 16).expand(3, 15)
     options = dict(t=t, noise=noise, ids_keep=keep, cls_noise=torch.zeros(3, 16), drop=y < 0)
     one = training_losses(sit, x, y, z, CONFIG, **options)
@@ -198,7 +194,7 @@ def test_losses_on_a_subset_are_means_over_that_subset():
     v, error, cosines = patchify(noise - x, 2), [], []
     for i in range(3):
         error += [((out.v[i, j] - v[i, k]) ** 2).mean() for j, k in enumerate(keep[i])]
-        pairs = zip(out.z_pred[i], torch.cat([z[i, :1], z[i, 1 + keep[i]]]))
+        pairs = zip(out.z_pred[i], torch.cat([z[i, :1], z[i, 1 + keep[i]]]), strict=True)
         cosines += [a @ b / a.norm() / b.norm() for a, b in pairs]
     torch.testing.assert_close(losses["denoise"], torch.stack(error).mean())
     torch.testing.assert_close(losses["cls"], (out.v_cls - (cls_noise - z[:, 0])).square().mean())
@@ -214,16 +210,10 @@ def test_losses_on_a_subset_are_means_over_that_subset():
     [("sit", {"denoise"}), ("repa", {"denoise", "align"}), ("reg", {"denoise", "align", "cls"})],
 )
 def test_each_method_has_its_own_terms(method, parts):
-    config = make_config(data="x", method=method, num_classes=10)
-    sit = trained_looking(
-        tiny(
-            class_token=config.class_token,
-            mixer_depth=config.mixer_depth,
-            align_depth=2 * (config.align_coeff > 0),
-        )
-    )
+    config, sit = make_config(**SIZE, method=method), trained_looking(tiny(method=method))
     x, _, y, _ = batch()
-    losses = training_losses(sit, x, y, None if method == "sit" else torch.randn(3, 17, 16), config)
+    z = None if method == "sit" else torch.randn(3, 17, 16)
+    losses = training_losses(sit, x, y, z, config, **draws(config))
     assert {name for name, value in losses.items() if value != 0} == parts | {"loss"}
     losses["loss"].backward()
     unused = [name for name, p in sit.named_parameters() if p.requires_grad and p.grad is None]
@@ -238,20 +228,60 @@ def test_losses_are_float32_under_bfloat16():
         y,
         torch.randn(3, 17, 16).bfloat16(),
         CONFIG,
+        **draws(),
     )
     assert all(value.dtype == torch.float32 for value in losses.values())
 
 
-def test_labels_are_dropped_at_the_stated_rate_and_only_by_the_loss():
-    draw = draw_step(20000, (4, 8, 8), 16, CONFIG, seeded("cpu", "test"))
-    assert draw["drop"].float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert 0 <= draw["t"].min() and draw["t"].max() < 1
-    assert draw["t"].mean().item() == pytest.approx(0.5, abs=0.01)
-    assert draw["ids_keep"].shape == (20000, 12)
+def test_labels_are_dropped_at_the_stated_rate_and_times_are_uniform():
+    drawn = draws(n=20000)
+    assert drawn["drop"].float().mean().item() == pytest.approx(0.1, abs=0.01)
+    t = drawn["t"]
+    assert t.min() >= 0 and t.max() < 1
+    assert t.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert t.var().item() == pytest.approx(1 / 12, abs=0.003)
 
 
-def test_what_is_given_is_used_and_the_rest_is_drawn():
-    keep = torch.zeros(2, 1, dtype=torch.long)
-    draw = draw_step(2, (4, 8, 8), 16, CONFIG, None, None, torch.ones(2), None, None, keep)
-    assert torch.equal(draw["t"], torch.ones(2)) and draw["ids_keep"] is keep
-    assert draw["noise"].shape == (2, 4, 8, 8) and draw["cls_noise"].shape == (2, 16)
+def test_dropped_labels_become_the_null_class_and_the_others_stay():
+    x, _, y, _ = batch()
+    seen = []
+
+    def spy(x_t, t, y, cls_t, ids_keep):
+        seen.append(y.tolist())
+        return SiTOutput(torch.zeros(3, 12, 16), torch.zeros(3, 16), None)
+
+    drop = torch.tensor([True, False, True])
+    training_losses(spy, x, y, torch.randn(3, 17, 16), CONFIG, **draws(drop=drop))
+    assert seen == [[10, y[1].item(), 10]]
+
+
+def test_a_step_draws_a_row_for_each_image_from_its_generator_alone():
+    config = dataclasses.replace(CONFIG, batch_size=6)
+    torch.manual_seed(0)
+    one = draw_step(Run(config), seeded("cpu", "a step"))
+    torch.manual_seed(1)
+    two, other = (draw_step(Run(config), seeded("cpu", key)) for key in ("a step", "another"))
+    assert {name: tuple(value.shape) for name, value in one.items()} == dict(
+        ids_keep=(6, 12),
+        t=(6,),
+        noise=(6, 4, 8, 8),
+        cls_noise=(6, 16),
+        drop=(6,),
+        vae_noise=(6, 4, 8, 8),
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if name != "drop")
+    # The VAE's noise is not the path's.
+    assert not torch.equal(one["noise"], one["vae_noise"])
+
+
+def test_an_unmasked_method_draws_no_subset():
+    assert draws(make_config(**SIZE, mask_ratio=0.0))["ids_keep"] is None
+
+
+def test_a_draw_that_is_misspelt_is_refused():
+    x, _, y, _ = batch()
+    drawn = draws()
+    drawn["nose"] = drawn.pop("noise")
+    with pytest.raises(TypeError, match="nose"):
+        training_losses(tiny(), x, y, torch.randn(3, 17, 16), CONFIG, **drawn)

@@ -1,6 +1,7 @@
 """sample.py: bytes that depend on (seed, index) alone, runs that go on, and published weights."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -12,29 +13,34 @@ from golden_cases import CASES, assert_golden, ids, inputs, weights
 from PIL import Image
 from processes import start_ranks
 from test_sampler import replay
-from test_training import TINY
+from torch import nn
 
 import maskalign
 import sample
-from maskalign import BadInput, build_model, euler_maruyama, euler_ode, make_config, patchify
+from maskalign import BadInput, Config, SiT, build_model, make_config, patchify
+from sample import euler_maruyama, euler_ode
+
+TINY = dict(hidden_size=32, num_heads=2, depth=3, align_depth=2, projector_dim=16)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny run of ours: weights with values, as after training, and class names."""
-    config = make_config(
-        **{**TINY, "out": "x"}, num_classes=8, z_dim=64, class_names=tuple(maskalign.SHAPES)
-    )
-    model, path = build_model(config), tmp_path_factory.mktemp("run") / "latest.pt"
+    names = tuple(maskalign.SHAPES)
+    config = make_config(**TINY, num_classes=8, z_dim=64, class_names=names)
+    path = tmp_path_factory.mktemp("run") / "latest.pt"
+    return save(build_model(config), config, path)
+
+
+def save(model, config, path):
+    """A checkpoint as a run of maskalign.py writes it, with made-up weights."""
     generator = torch.Generator().manual_seed(0)
     state = {
         name: 0.2 * torch.randn(p.shape, generator=generator)
         for name, p in model.state_dict().items()
     }
     raw = {name: value + 0.05 for name, value in state.items()}
-    torch.save(
-        dict(model=raw, ema=state, step=1, config=maskalign.dataclasses.asdict(config)), path
-    )
+    torch.save(dict(model=raw, ema=state, step=1, config=dataclasses.asdict(config)), path)
     return path
 
 
@@ -95,7 +101,7 @@ def test_bytes_do_not_depend_on_how_many_are_asked_for(checkpoint, tmp_path, mon
 
 
 def test_two_processes_write_the_images_of_one(checkpoint, tmp_path):
-    """But for rounding: each has half of the threads, and sums differ with their number."""
+    """But for rounding: where each has fewer threads, sums differ with their number."""
     one = run(checkpoint, "--num=300", f"--out={tmp_path}/one.npz")
     argv = ["--steps=2", "--num_images=300", f"--out={tmp_path}/two.npz"]
     ends = [rank.end() for rank in start_ranks(2, "sample.py", checkpoint, *argv)]
@@ -118,7 +124,7 @@ def test_a_killed_run_goes_on_without_doing_finished_shards_again(
     calls, work = [], sample.in_batches
 
     def count(*args):
-        calls.append(args[3])
+        calls.append(args[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return work(*args)
@@ -152,6 +158,23 @@ def test_a_finished_run_is_not_done_again(checkpoint, tmp_path, monkeypatch):
         run(checkpoint, "--num=4", f"--png={tmp_path}/png")  # old files would stay among the new
 
 
+def test_images_of_other_settings_are_never_passed_off_as_the_new_ones(
+    checkpoint, tmp_path, monkeypatch
+):
+    """A kill while the new npz is joined leaves the old one there, but no record of it."""
+    run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
+    join = SimpleNamespace(ZipFile=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    again = ("--num=8", "--seed=1", f"--out={tmp_path}/x.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "zipfile", join)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, *again)
+    assert (tmp_path / "x.npz").exists() and not (tmp_path / "x.json").exists()
+    found = images_of(run(checkpoint, *again))
+    other = run(checkpoint, "--num=8", "--seed=1", f"--out={tmp_path}/other.npz")
+    assert np.array_equal(found, images_of(other))
+
+
 def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_path):
     seen, sampler = [], sample.SAMPLERS["sde"]
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +185,8 @@ def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_pa
         )
         run(checkpoint, "--num=64", f"--out={tmp_path}/a.npz")
         run(checkpoint, "--num=64", "--labels=balanced", f"--out={tmp_path}/b.npz")
-    random, balanced = seen
+    labels = sum(seen, [])
+    random, balanced = labels[:64], labels[64:]
     assert balanced == [i % 8 for i in range(64)]
     assert set(random) == set(range(8)) and random != balanced
 
@@ -172,9 +196,7 @@ def test_png_files_hold_the_same_images_as_the_npz(checkpoint, tmp_path):
     folder = run(checkpoint, "--num=10", f"--png={tmp_path}/png")
     files = sorted(folder.glob("*.png"))
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
-    assert all(
-        np.array_equal(np.array(Image.open(file)), image) for file, image in zip(files, images)
-    )
+    assert np.array_equal([np.array(Image.open(file)) for file in files], images)
     assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["samples.json"]
 
 
@@ -277,22 +299,90 @@ def test_sras_training_head_is_left_out(tmp_path):
     assert torch.equal(model.blocks[3].attn.qkv.weight.double(), weight.float().double())
 
 
-def test_a_network_with_cells_is_sampled_cell_by_cell(tmp_path, monkeypatch):
-    config = make_config(**{**TINY, "out": "x"}, method="xar", num_classes=8)
-    state = build_model(config).state_dict()
+@dataclasses.dataclass(frozen=True)
+class ForkConfig(Config):
+    """What a fork adds: a method of its name, settings that sample.py does not know."""
+
+    method: str = maskalign.setting("fork")
+    tau: int = maskalign.setting(250_000, "a setting of its own")
+    levels: tuple = maskalign.setting(((1, 2), (3, 4)))
+
+
+def fork_file(path, projector, **changes):
+    """A checkpoint of a fork with another projector than REPA's, and its config."""
+    options = TINY | dict(num_classes=8, z_dim=64, class_names=tuple(maskalign.SHAPES)) | changes
+    config = make_config(ForkConfig, **options)
+    model = build_model(config)
+    model.projectors = nn.ModuleList(projector)
+    return save(model, config, path), config
+
+
+def repas_projector(hidden=16):
+    first = [nn.Linear(32, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
+    return nn.Sequential(*first, nn.Linear(hidden, 64))
+
+
+def test_a_fork_with_a_projector_as_repas_keeps_it(tmp_path):
+    """As HASTE: the network is REPA's, the config has more fields."""
+    path, _ = fork_file(tmp_path / "latest.pt", [repas_projector()], align_coeff=0.3)
+    model, config = sample.load_checkpoint(path)
+    assert type(config) is Config and config.method == "fork" and config.align_coeff == 0.3
+    saved = torch.load(path, weights_only=True)["ema"]
+    assert model.state_dict().keys() == saved.keys() and "projectors.0.4.weight" in saved
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [
+        [nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 32))],  # SRA's
+        [nn.Conv2d(32, 64, 3, padding=1)],  # iREPA's
+        [repas_projector(hidden=24)],
+        [repas_projector(), repas_projector()],
+        [],
+    ],
+    ids=["two_layers", "convolution", "other_width", "two_teachers", "none"],
+)
+def test_a_fork_with_another_projector_is_drawn_without_it(projector, tmp_path):
+    path, _ = fork_file(tmp_path / "latest.pt", projector)
+    model, config = sample.load_checkpoint(path)
+    assert config.align_coeff == 0.0 and not model.projectors
+    saved = torch.load(path, weights_only=True)["ema"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert run(path, "--classes=star", "--per_class=1") == tmp_path / "grid.png"
+
+
+def test_a_fork_draws_with_its_own_config_network_and_sampler(tmp_path, monkeypatch, capsys):
+    class Fork(SiT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain = nn.Parameter(torch.ones(()))
+            self.tau = config.tau
+
+    def own_sampler(model, x, y, cls=None, **options):
+        seen.append((type(model), model.tau, x.shape, options["num_steps"]))
+        return torch.ones_like(x)
+
     names = tuple(maskalign.SHAPES)
-    saved = maskalign.dataclasses.asdict(config) | {"class_names": names}
-    torch.save(dict(model=state, ema=state, step=1, config=saved), tmp_path / "latest.pt")
-    levels, forward = [], maskalign.SiT.forward
-    monkeypatch.setattr(
-        maskalign.SiT,
-        "forward",
-        lambda self, x, t, *rest: levels.append(t) or forward(self, x, t, *rest),
-    )
-    run(tmp_path / "latest.pt", "--classes=1", "--per_class=1")
-    assert {tuple(t[0].tolist()) for t in levels} == {
-        tuple([0.0] * k + [t] + [1.0] * (3 - k)) for k in range(4) for t in (1.0, 0.5)
-    }
+    config = make_config(ForkConfig, **TINY, num_classes=8, class_names=names, z_dim=64, tau=7)
+    path, seen = save(Fork(config), config, tmp_path / "latest.pt"), []
+    with pytest.raises(BadInput, match="does not fit the network it describes.*gain"):
+        sample.load_checkpoint(path)
+    model, config = sample.load_checkpoint(path, kind=ForkConfig, build_model=Fork)
+    assert type(config) is ForkConfig and config.levels == ((1, 2), (3, 4)) and model.projectors
+
+    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--num=3", f"--out={tmp_path}/x.npz"])
+    sample.main(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
+    assert seen == [(Fork, 7, (16, 3, 24, 24), 250)]
+    assert "method fork" in (shown := capsys.readouterr().out) and "sampler own" in shown
+    assert (images_of(tmp_path / "x.npz") == 191).all()  # 1 in the latents is 0.5 in [-1, 1]
+    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--steps=0"])
+    with pytest.raises(SystemExit, match="^fork.py: steps is 0"):
+        sample.main(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
+    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--sampler=sde"])
+    with pytest.raises(SystemExit):
+        sample.main(samplers=dict(own=own_sampler))
+    assert "invalid choice: 'sde'" in capsys.readouterr().err
 
 
 def test_published_sizes_are_recognised_by_their_shapes(tmp_path):

@@ -6,7 +6,9 @@ from golden_cases import assert_golden, ids, inputs, model
 from test_method import trained_looking
 from test_model import tiny
 
-from maskalign import SiTOutput, euler_maruyama, euler_ode, patchify
+import maskalign
+from maskalign import SiTOutput, patchify
+from sample import euler_maruyama, euler_ode
 
 
 def replay(monkeypatch, noises):
@@ -42,8 +44,10 @@ def test_samples_equal_the_official_ones(case, dtype, monkeypatch):
     )
     assert samples.dtype == dtype and not left
     assert_golden(samples, case, "samples")
-    assert [n for n, _ in calls] == [n for n, _ in case["model_calls"]]
-    assert [t for _, t in calls] == pytest.approx([t for _, t in case["model_calls"]], abs=1e-7)
+    # Where the official program makes one call of twice the batch, for guidance, we make two.
+    official = [t for size, t in case["model_calls"] for _ in range(size // 2)]
+    assert [n for n, _ in calls] == [2] * len(official)
+    assert [t for _, t in calls] == pytest.approx(official, abs=1e-7)
 
 
 class PointData:
@@ -133,13 +137,37 @@ def test_drift_is_the_one_of_the_reverse_sde(monkeypatch):
     torch.testing.assert_close(out, x)
 
 
-def test_no_guidance_needs_one_forward_and_guidance_two_halves():
-    sit, sizes = trained_looking(tiny()), []
-    sit.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
+def test_no_guidance_needs_one_call_a_step_and_guidance_two():
+    sit, calls = trained_looking(tiny()), []
+    sit.register_forward_hook(lambda module, args, out: calls.append((args[1][0].item(), args[2])))
     x, y, cls = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 16)
     euler_ode(sit, x, y, cls, num_steps=4, cfg_scale=1.0)
+    assert [(t, labels.tolist()) for t, labels in calls] == [
+        (t, [1, 2]) for t in (1.0, 0.75, 0.5, 0.25)
+    ]
+    calls.clear()
     euler_ode(sit, x, y, cls, num_steps=4, cfg_scale=2.0, guidance_low=0.5, guidance_high=0.75)
-    assert sizes == [2, 2, 2, 2, 2, 4, 4, 2]  # both bounds are inside
+    assert [(t, labels.tolist()) for t, labels in calls] == [
+        (1.0, [1, 2]),
+        (0.75, [1, 2]),
+        (0.75, [10, 10]),  # the null class
+        (0.5, [1, 2]),
+        (0.5, [10, 10]),  # both bounds are inside
+        (0.25, [1, 2]),
+    ]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_sampler_of_the_previews_is_the_ode_of_the_papers(class_token, cfg_scale):
+    sit, x = trained_looking(tiny(class_token=class_token)).double(), torch.randn(2, 4, 8, 8)
+    cls, y = torch.randn(2, 16).double() if class_token else None, torch.tensor([1, 2])
+    options = dict(num_steps=5, cfg_scale=cfg_scale)
+    plain = maskalign.euler_ode(sit, x.double(), y, cls, **options)
+    torch.testing.assert_close(
+        plain, euler_ode(sit, x.double(), y, cls, **options), rtol=0, atol=1e-12
+    )
+    assert (plain - x).abs().max() > 0.1  # it moved
 
 
 def test_class_token_guidance_defaults_to_that_of_the_image():

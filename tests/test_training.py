@@ -3,26 +3,29 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, start_ranks
+from processes import start_ranks, torchrun
 from test_data import make_folder
 
 import maskalign
 from maskalign import (
     METHODS,
     BadInput,
+    Run,
     build_model,
+    build_teacher,
+    draw_step,
     euler_ode,
     index_batches,
     make_config,
     parse_config,
     train,
+    training_losses,
 )
 
 TINY = dict(
@@ -33,8 +36,8 @@ TINY = dict(
     depth=3,
     align_depth=2,
     projector_dim=16,
-    teacher_steps=3,
-    preview_steps=2,
+    teacher_steps=2,
+    preview_steps=1,
     log_every=2,
     save_every=3,
     sample_every=100,
@@ -73,6 +76,15 @@ def log(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
+def assert_equal_runs(a, b):
+    """Weights, averages, moments, sums and logs are equal to the bit; only the speed may differ."""
+    one, two = checkpoint(a), checkpoint(b)
+    for name in ("model", "ema", "optimizer", "step", "sums"):
+        assert_same(one[name], two[name])
+    for x, y in zip(log(a), log(b), strict=True):
+        assert {**x, "images_per_s": 0} == {**y, "images_per_s": 0}
+
+
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
     """The run of TINY, undisturbed, for those to compare with that must end alike."""
@@ -95,18 +107,14 @@ def one_step_run(tmp_path_factory):
 
 
 def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path, capsys):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    command = [*torchrun, ROOT / "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert first.returncode == 0 and "steps 0 to 6" in first.stdout, first.stderr
-    files = ["latest.pt", "log.jsonl", "samples-0000006.png", "step-0000003.pt", "step-0000006.pt"]
-    assert sorted(os.listdir(tmp_path)) == files
-    assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2 + 80, 8 * 98 + 2)
+    status, shown, errors = torchrun(1, "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}").end()
+    assert status == 0 and "steps 0 to 6" in shown, errors
+    assert sorted(os.listdir(tmp_path)) == ["latest.pt", "log.jsonl", "samples-0000006.png"]
+    assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2, 8 * 98 + 2)
     lines = log(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert {"loss", "denoise", "cls", "align", "align_full", "grad_norm", "images_per_s"} < set(
-        lines[0]
-    )
+    keys = {"step", "loss", "denoise", "cls", "align", "grad_norm", "images_per_s"}
+    assert all(line.keys() == keys for line in lines)
     train(make_config(out=str(tmp_path), **TINY))
     assert "finished: raise --steps" in capsys.readouterr().out and len(log(tmp_path)) == 3
     train(make_config(out=str(tmp_path), **{**TINY, "steps": 8}))
@@ -116,13 +124,13 @@ def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path, ca
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_row_trains_and_samples_on_the_demo_and_its_ema_follows(method, tmp_path):
-    shallow = {"self_depth": 3} if method == "sra" else {}
-    config = make_config(method=method, out=str(tmp_path), **TINY, **shallow)
+    config = make_config(method=method, out=str(tmp_path), **TINY)
     train(config)
     state = checkpoint(tmp_path)
     assert (tmp_path / "samples-0000006.png").exists() and len(log(tmp_path)) == 3
     fresh = build_model(maskalign.Config(**state["config"])).state_dict()
-    assert state["step"] == 6 and set(state) == {"model", "ema", "optimizer", "step", "config"}
+    assert set(state) == {"model", "ema", "optimizer", "step", "sums", "log", "config"}
+    assert state["step"] == 6
     assert state["config"]["method"] == config.method and state["config"]["num_classes"] == 8
     for name in fresh:
         moved = not torch.equal(fresh[name], state["model"][name])
@@ -143,7 +151,7 @@ def test_ema_keeps_no_graph(tmp_path, monkeypatch):
 
 
 def test_ema_is_the_running_average_of_all_steps(tmp_path):
-    options = {**TINY, "steps": 3, "ema_decay": 0.9, "save_every": 1, "keep": 3}
+    options = {**TINY, "steps": 3, "ema_decay": 0.9, "save_every": 1, "milestone_every": 1}
     train(make_config(out=str(tmp_path), **options))
     average = build_model(maskalign.Config(**checkpoint(tmp_path)["config"])).state_dict()
     for step in (1, 2, 3):
@@ -158,7 +166,7 @@ def test_interrupted_run_ends_bit_equal(one_run, tmp_path, monkeypatch):
     def stop_after_the_first_save(*names):
         replace(*names)
         saves.append(names)
-        if len(saves) == 2:
+        if len(saves) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", stop_after_the_first_save)
@@ -169,22 +177,40 @@ def test_interrupted_run_ends_bit_equal(one_run, tmp_path, monkeypatch):
     with open(tmp_path / "cut" / "log.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')  # written past the checkpoint
     train(config)
-    whole, cut = checkpoint(one_run), checkpoint(tmp_path / "cut")
-    for name in ("model", "ema", "optimizer", "step"):
-        assert_same(whole[name], cut[name])
+    assert_equal_runs(one_run, tmp_path / "cut")  # the line of step 4 is the mean of 3 and 4
     assert [line["step"] for line in log(tmp_path / "cut")] == [2, 4, 6]
 
 
 def test_n_steps_and_n_more_equal_2n_steps(one_run, tmp_path):
     for steps in (2, 6):
         train(make_config(out=str(tmp_path / "parts"), **{**TINY, "steps": steps}))
-    for name in ("model", "ema", "optimizer", "step"):
-        assert_same(checkpoint(one_run)[name], checkpoint(tmp_path / "parts")[name])
+    assert_equal_runs(one_run, tmp_path / "parts")
+
+
+def test_a_line_of_the_log_is_the_mean_of_the_steps_since_the_line_before(tmp_path):
+    """Against a log of every step; also where a run ended between two lines, and went on."""
+    for name, every, ends in (("all", 1, (5,)), ("some", 3, (5,)), ("parts", 3, (1, 2, 5))):
+        for steps in ends:
+            changes = dict(steps=steps, log_every=every, out=str(tmp_path / name))
+            train(make_config(**{**TINY, **changes}))
+    each = {line["step"]: line for line in log(tmp_path / "all")}
+    for name, lines in (("some", [(0, 3), (3, 5)]), ("parts", [(0, 1), (1, 2), (2, 3), (3, 5)])):
+        found = log(tmp_path / name)
+        assert [line["step"] for line in found] == [last for _, last in lines]
+        for line, (before, last) in zip(found, lines, strict=True):
+            for key in ("loss", "denoise", "cls", "align", "grad_norm"):
+                mean = sum(each[step][key] for step in range(before + 1, last + 1)) / (
+                    last - before
+                )
+                assert line[key] == pytest.approx(mean, rel=1e-5), (name, line["step"], key)
 
 
 def test_a_typed_learning_rate_counts_after_a_resume(one_step):
-    train(make_config(out=str(one_step), **{**TINY, "steps": 2}, lr=1e-5, override=True))
-    assert checkpoint(one_step)["optimizer"]["param_groups"][0]["lr"] == 1e-5
+    before = checkpoint(one_step)["model"]
+    train(make_config(out=str(one_step), **{**TINY, "steps": 2}, lr=1e-12))
+    state = checkpoint(one_step)
+    assert state["optimizer"]["param_groups"][0]["lr"] == state["config"]["lr"] == 1e-12
+    assert_same(before, state["model"], rtol=0, atol=1e-10)  # the step was made with it
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
@@ -194,10 +220,13 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch
         Path(path).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(BadInput, match="cannot save .*step-0000006.pt .No space left on device"):
-        train(make_config(out=str(tmp_path), **TINY))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        with pytest.raises(BadInput, match="cannot save .*latest.pt: .*No space left on device"):
+            train(make_config(out=str(tmp_path), **TINY))
     assert checkpoint(tmp_path)["step"] == 3
+    train(make_config(out=str(tmp_path), **TINY))  # there is room again
+    assert checkpoint(tmp_path)["step"] == 6 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_two_processes_follow_one(one_run, tmp_path):
@@ -210,10 +239,8 @@ def test_two_processes_follow_one(one_run, tmp_path):
         for name in ("model", "ema"):
             assert_same(one[name], state[name], rtol=1e-3, atol=2e-5)
         for a, b in zip(log(one_run), log(tmp_path / other), strict=True):
-            assert all(
-                a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
-                for key in ("loss", "denoise", "cls", "align", "align_full", "grad_norm")
-            )
+            for key in ("loss", "denoise", "cls", "align", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
 
 
 def test_another_seed_is_another_trajectory(one_run, tmp_path):
@@ -230,42 +257,86 @@ def test_training_lowers_every_loss(tmp_path):
         )
     )
     first, *_, last = log(tmp_path)
-    assert all(last[name] < first[name] for name in ("loss", "denoise", "align", "align_full"))
+    assert all(last[name] < first[name] for name in ("loss", "denoise", "align"))
 
 
-def test_full_token_alignment_compares_masked_and_unmasked_runs(tmp_path):
-    """Same fixed images, same noise: before training, the mask makes no difference to it."""
-    values = []
-    for mask_ratio in (0.0, 0.75):
-        out = tmp_path / str(mask_ratio)
-        train(make_config(out=str(out), mask_ratio=mask_ratio, lr=1e-12, **{**TINY, "steps": 1}))
-        values.append(log(out)[0]["align_full"])
-    assert values[0] == pytest.approx(values[1], abs=1e-6)
+# ---- image folders, and latents that keep themselves
 
 
-def test_image_folder_with_teacher_and_vae_files_trains_from_cache_as_on_the_fly(
-    vae_file, dino_file, tmp_path, capsys
+def latents_in(folder):
+    """{name: array} of the latents that are kept in a folder."""
+    return {file.name: np.load(file) for file in Path(folder).rglob("*.npy")}
+
+
+def test_image_folder_with_teacher_and_vae_files_trains_and_two_processes_share_its_latents(
+    small_vae_file, dino_file, tmp_path
 ):
-    """The ImageNet path, small: true file formats, made-up values, two processes prepare."""
+    """The ImageNet path, small: true file formats, made-up values."""
     folder = make_folder(tmp_path / "data", per_class=5, size=(70, 50))
     flags = [
         f"--data={folder}",
-        f"--vae_weights={vae_file}",
+        f"--vae_weights={small_vae_file}",
         "--image_size=32",
         "--workers=1",
         "--teacher=vit_small_patch14_dinov2.lvd142m",
         f"--teacher_weights={dino_file}",
         "--batch_size=4",
-        "--steps=2",
+        "--steps=3",
     ]
-    train(parse_config([*TINY_FLAGS, *flags, f"--out={tmp_path}/direct"]))
-    launch(*flags, "--prepare", processes=2)
-    train(parse_config([*TINY_FLAGS, *flags, f"--out={tmp_path}/cached"]))
-    assert "cached latents" in capsys.readouterr().out
-    direct, cached = (checkpoint(tmp_path / name) for name in ("direct", "cached"))
-    assert direct["config"]["class_names"] == ("cat", "dog") and direct["config"]["z_dim"] == 384
-    assert_same(direct["model"], cached["model"], rtol=1e-2, atol=1e-3)  # float16 latents
-    assert (tmp_path / "cached" / "samples-0000002.png").exists()
+    train(parse_config([*TINY_FLAGS, *flags, f"--out={tmp_path}/one", f"--cache={tmp_path}/a"]))
+    launch(*flags, f"--out={tmp_path}/two", f"--cache={tmp_path}/b", processes=2)
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert one["config"]["class_names"] == ("cat", "dog") and one["config"]["z_dim"] == 384
+    assert_same(one["model"], two["model"], rtol=1e-2, atol=1e-3)  # float16 latents
+    assert (tmp_path / "one" / "samples-0000003.png").exists()
+
+    # 12 images were asked for, of 10: each is kept, in both folders, as near as float16 tells.
+    a, b = (latents_in(tmp_path / name) for name in "ab")
+    assert len(a) == 10 and a.keys() == b.keys()
+    assert all(np.allclose(a[name], b[name], rtol=1e-2, atol=1e-3) for name in a)
+
+
+@pytest.fixture
+def encoding(tmp_path, small_vae_file):
+    """make(out, cache): settings of a run of 5 steps that sees 10 images twice, through a VAE."""
+    folder = make_folder(tmp_path / "data", per_class=5)
+    changes = dict(data=folder, vae_weights=small_vae_file, image_size=16, workers=0, method="sit")
+    changes |= dict(batch_size=4, steps=5, save_every=2, log_every=3)
+
+    def make(out, cache):
+        own = dict(out=str(tmp_path / out), cache=str(tmp_path / cache))
+        return make_config(**{**TINY, **changes, **own})
+
+    return make
+
+
+def test_a_run_is_the_same_with_an_empty_a_full_and_a_half_filled_cache(
+    encoding, tmp_path, monkeypatch
+):
+    train(encoding("first", "kept"))
+    with monkeypatch.context() as patch:
+        patch.setattr(maskalign, "encode_images", None)  # all is there: nothing is encoded
+        train(encoding("second", "kept"))
+    assert_equal_runs(tmp_path / "first", tmp_path / "second")
+
+    save, files = np.save, []
+
+    def killed(file, array):
+        save(file, array)
+        files.append(file)
+        if len(files) == 10:  # the last image of the first epoch, after the checkpoint of step 2
+            os.truncate(file, 150)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(encoding("third", "own"))
+    assert checkpoint(tmp_path / "third")["step"] == 2
+    train(encoding("third", "own"))
+    assert len(set(files)) == 10 and files[9:] == [files[9]] * 2, "the torn file alone comes twice"
+    assert_equal_runs(tmp_path / "first", tmp_path / "third")
+    kept, own = (latents_in(tmp_path / name) for name in ("kept", "own"))
+    assert kept.keys() == own.keys() and all(np.array_equal(kept[name], own[name]) for name in kept)
 
 
 def test_pixel_space_folder_trains_with_its_own_classifier(tmp_path):
@@ -336,12 +407,77 @@ def test_the_models_of_a_run_can_be_rebuilt_from_its_checkpoint_alone(one_step_r
     config = maskalign.Config(**state["config"])
     model = build_model(config)
     model.load_state_dict(state["ema"])
-    x = euler_ode(
-        model.eval(),
-        torch.randn(2, *config.latent_shape),
-        torch.tensor([0, 7]),
-        torch.randn(2, config.z_dim),
-        num_steps=2,
-    )
+    noise, cls = torch.randn(2, *config.latent_shape), torch.randn(2, config.z_dim)
+    x = euler_ode(model.eval(), noise, torch.tensor([0, 7]), cls, num_steps=2)
     assert x.shape == (2, 3, 24, 24) and torch.isfinite(x).all()
-    assert list(index_batches(8192, config, 1, 0, 1)) == []
+    assert list(index_batches(Run(config, dataset=range(8192), step=1))) == []
+
+
+# ---- a fork hands in functions of its own
+
+
+def test_what_a_fork_hands_in_is_what_is_called(tmp_path):
+    """Each function of its own leaves its name; the run goes on as ours."""
+    called = []
+
+    def note(name, function):
+        return lambda *args, **options: (called.append(name), function(*args, **options))[1]
+
+    own = dict(
+        build_model=build_model,
+        build_teacher=build_teacher,
+        draw_step=draw_step,
+        training_losses=training_losses,
+        sampler=euler_ode,
+    )
+    options = {**TINY, "steps": 2, "accum": 2}
+    train(make_config(out=str(tmp_path / "ours"), **options))
+    noted = {name: note(name, function) for name, function in own.items()}
+    train(make_config(out=str(tmp_path / "fork"), **options), **noted)
+    step = ["draw_step", "training_losses", "training_losses"]
+    assert called == ["build_teacher", "build_model", *step, *step, "sampler"]
+    assert_equal_runs(tmp_path / "ours", tmp_path / "fork")
+
+
+def test_a_forks_draws_reach_its_loss_and_a_loss_of_its_own_is_logged(tmp_path):
+    """Tensors are cut to the rows of the process, anything else is handed on as it is; and the
+    run that draw_step sees is as far as it says."""
+    seen = []
+
+    def draw(run, generator):
+        assert run.ema.state_dict().keys() == run.model.state_dict().keys()
+        drawn = draw_step(run, generator)
+        return drawn | dict(rows=torch.arange(run.config.batch_size), now=run.step, word="word")
+
+    def losses(model, x, y, z, config, *, rows, now, word, **drawn):
+        seen.append((now, word, rows.tolist()))
+        found = training_losses(model, x, y, z, config, **drawn)
+        return found | dict(warmth=found["loss"] * 0 + len(x))
+
+    options = {**TINY, "steps": 2, "accum": 2}
+    train(make_config(out=str(tmp_path), **options), draw_step=draw, training_losses=losses)
+    halves = [0, 1, 2, 3], [4, 5, 6, 7]
+    assert seen == [(step, "word", half) for step in (0, 1) for half in halves]
+    assert log(tmp_path)[-1]["warmth"] == 4
+
+
+def test_a_forks_own_network_is_trained_saved_and_resumed(tmp_path):
+    class Louder(maskalign.SiT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, *args):
+            out = super().forward(*args)
+            return out._replace(v=out.v * self.gain)
+
+    def build(config):
+        torch.manual_seed(config.seed)
+        return Louder(config)
+
+    for out, ends in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in ends:
+            config = make_config(out=str(tmp_path / out), **{**TINY, "steps": steps})
+            train(config, build_model=build)
+    assert checkpoint(tmp_path / "whole")["model"]["gain"] != 1
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")

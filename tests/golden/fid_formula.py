@@ -9,7 +9,7 @@ bits (`python fid_formula.py` checks this against the sha256 values kept in fid.
     images(which, name)             uint8 [N,H,W,3] image set 'A'...'D'
     resize_cases(which)             single images for the 299x299 resize
     frechet_cases, pr_cases, is_cases(which)   inputs for the pure statistics
-    load(which)                     the golden numbers, which = 'public' (or another set in the file)
+    load(which)                     the golden numbers, which = 'public' (or another set there)
 
 The numbers in fid.json (or the file named by $FID_GOLDEN) were computed with the original tools;
 its 'about' entry describes every field.  The definition of the public set is in this file; that of
@@ -126,10 +126,16 @@ def image(tag, height, width, style):
     grain apart).  `style` (0..255) shifts the distribution: colours, stripe rate and grain.
     """
     p = (hash_ints(tag, 48) + (1 << 23)).tolist()  # 48 numbers in [0, 2**24)
-    r = lambda i, n: (p[i] * n) >> 24  # integer in [0, n)
+
+    def r(i, n):
+        """An integer in [0, n)."""
+        return (p[i] * n) >> 24
+
+    def colour(i):
+        return np.array([r(i, 256), r(i + 1, 256), r(i + 2, 256)], np.int64)[None, None, :]
+
     y = ((2 * np.arange(height, dtype=np.int64) + 1) * 512 // height)[:, None, None]
     x = ((2 * np.arange(width, dtype=np.int64) + 1) * 512 // width)[None, :, None]
-    colour = lambda i: np.array([r(i, 256), r(i + 1, 256), r(i + 2, 256)], np.int64)[None, None, :]
     # smooth background: bilinear blend of four corner colours
     img = (
         colour(0) * (1023 - x) * (1023 - y)
@@ -258,12 +264,16 @@ def gaussian(tag, d, rank, mu_scale=1.0, zero_from=None):
 def frechet_cases(which):
     """{case: (mu1, sigma1, mu2, sigma2)}"""
     s, q = f"frechet/{which}", definition(which)["variant"]
-    g = lambda name, *a, **k: gaussian(f"{s}/{name}", *a, **k)
+
+    def g(name, *args, **options):
+        return gaussian(f"{s}/{name}", *args, **options)
+
     d, e = 12 + 5 * q, 64 + 16 * q
     one = (np.array([0.5]), np.array([[2.25]]), np.array([-1.0]), np.array([[0.25]]))
-    diag1, diag2 = (np.arange(1, d + 1) % 5).astype(np.float64) ** 2, (np.arange(d) % 4).astype(
-        np.float64
-    ) ** 2
+    diag1, diag2 = (
+        (np.arange(1, d + 1) % 5).astype(np.float64) ** 2,
+        (np.arange(d) % 4).astype(np.float64) ** 2,
+    )
     out = {
         "one_dim": one,  # 2.25 + (1.5-0.5)^2 = 3.25
         "diagonal_singular": (np.zeros(d), np.diag(diag1), np.full(d, 0.25), np.diag(diag2)),
@@ -283,8 +293,11 @@ def frechet_cases(which):
 def pr_cases(which):
     """{case: (reference features, sample features)}"""
     s = f"pr/{which}"
-    c = lambda name, *a, **k: cloud(f"{s}/{name}", *a, **k)
     q = definition(which)["variant"]
+
+    def c(name, *args, **options):
+        return cloud(f"{s}/{name}", *args, **options)
+
     return {
         "plane": (
             c("p1", "uniform", 300 + 50 * q, 2),
