@@ -40,6 +40,17 @@ def shapes_are_drawn_once():
     maskalign.demo_shapes = functools.cache(maskalign.demo_shapes)
 
 
+@pytest.fixture
+def all_cores():
+    """For the few networks here that are large enough to gain by it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def vae_file(tmp_path_factory):
     """The SD-VAE's format, with made-up values."""

@@ -33,7 +33,7 @@ def vae_weights(vae_file):
 
 
 @pytest.mark.golden
-def test_teacher_tokens_equal_the_official_ones(dino_file):
+def test_teacher_tokens_equal_the_official_ones(dino_file, all_cores):
     teacher, x = ViTTeacher(NAME, 16, dino_file).double().eval(), inputs(DINO)
     # Positions are resampled in float32: without AVX2 they are 1.3e-7 of the largest off, not 0.
     positions = dict(rounding=5e-7)
@@ -297,7 +297,7 @@ def test_a_file_in_the_hubs_cache_is_used_without_internet(monkeypatch, dino_fil
 
 
 @pytest.mark.golden
-def test_vae_equals_the_published_one(vae_weights):
+def test_vae_equals_the_published_one(vae_weights, all_cores):
     vae = AutoencoderKL({k: v.double() for k, v in vae_weights.items()})
     x = inputs(VAE)
     mean, std = vae.encode(x["image_u8"].double() / 127.5 - 1)
@@ -324,7 +324,7 @@ def test_vae_reads_files_with_the_old_attention_names(vae_weights, tmp_path):
 
 
 @pytest.mark.golden
-def test_latents_are_scaled_and_pixels_truncated_as_in_repa(vae_weights):
+def test_latents_are_scaled_and_pixels_truncated_as_in_repa(vae_weights, all_cores):
     vae, x = AutoencoderKL(vae_weights), inputs(VAE, torch.float32)
     moments = encode_images(vae, x["image_u8"].to(torch.uint8))
     mean, std = moments.chunk(2, dim=1)
