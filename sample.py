@@ -5,10 +5,10 @@
   python sample.py CKPT --trajectory                               how images come out of noise
   torchrun --nproc_per_node=8 sample.py CKPT --num_images 50000 --out samples.npz    for an FID
 
-CKPT is a checkpoint of ours or a published one of SiT, REPA or REG. A grid uses the preset `grid`
-(ODE, 25 steps, guidance 2: pictures to look at), --num_images the preset `fid` (SDE, 250 steps,
-no guidance: as the papers); typed flags win. Image i depends on --seed and i alone: on CPU its
-bytes are the same for any number of processes and any batch size; on GPU up to rounding.
+CKPT is a checkpoint of ours or a published one of SiT, REPA, REG or SRA. A grid uses the preset
+`grid` (ODE, 25 steps, guidance 2: pictures to look at), --num_images the preset `fid` (SDE, 250
+steps, no guidance: as the papers); typed flags win. Image i depends on --seed and i alone: on CPU
+its bytes are the same for any batch size; on GPU, and for other numbers of threads, up to rounding.
 
 Sections: 1 samplers, 2 checkpoints, 3 images by (seed, index), 4 the two uses, 5 the command.
 A fork whose sampling network is a plain SiT is drawn as it is; another one hands `main` its own
