@@ -36,6 +36,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock
 from PIL import Image
 from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ def explained(sentence: str):
     """Any error inside becomes BadInput: the sentence, and in brackets the error's first."""
     try:
         yield
+    except BadInput:  # it is explained already
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:150]
         raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
@@ -75,19 +78,9 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
     "maskalign-no-mixing": dict(mixer_depth=0),  # Tab. 3
     "maskalign-no-masking": dict(mask_ratio=0.0),  # Tab. 3
 }
-DEMO = dict(  # what holds without --data: drawn shapes, and a run of minutes on a laptop
-    size="demo",
-    image_size=24,
-    patch_size=4,
-    vae="none",
-    teacher="classifier",
-    batch_size=32,
-    steps=2000,
-    lr=3e-3,
-    ema_decay=0.99,
-    workers=0,
-    save_every=500,
-)
+# What holds without --data: small drawn shapes, and a run of minutes on a laptop.
+DEMO = dict(size="demo", image_size=24, patch_size=4, vae="none", teacher="classifier", workers=0)
+DEMO |= dict(batch_size=32, steps=2000, lr=3e-3, ema_decay=0.99, save_every=500)
 RULES = {  # what a number may be
     "above 0": lambda value: 0 < value < math.inf,
     "0 or above": lambda value: 0 <= value < math.inf,
@@ -123,9 +116,7 @@ class Config:
     vae: str = setting("stabilityai/sd-vae-ft-ema", "as REPA: SD-VAE on the hub; none: pixels")
     vae_weights: str = setting("", "file to read instead of the hub's", free=True)
     teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "Tab. 7: a timm ViT, or classifier")
-    teacher_weights: str = setting(
-        "", "file to read instead of the hub's (timm's or Meta's keys)", free=True
-    )
+    teacher_weights: str = setting("", "file to read, in timm's or Meta's names", free=True)
     teacher_steps: int = setting(500, "ours: training steps of the teacher called classifier")
     batch_size: int = setting(256, "Tab. 7: images per step, over all processes")
     lr: float = setting(1e-4, "Tab. 7: AdamW, constant", free=True)
@@ -145,7 +136,7 @@ class Config:
     milestone_every: int = setting(100_000, "steps between files step-N.pt, which stay", free=True)
     preview_steps: int = setting(25, "ours: Euler steps of the sample grids", free=True)
     num_classes: int = setting(1000)  # no flag: the data and the teacher tell the last three
-    z_dim: int = setting(768)
+    z_dim: int = setting(768, free=True)  # goes with the teacher, which is not free
     class_names: tuple = setting(())
     sizes = SIZES  # no field: a fork may bring rows of its own
 
@@ -214,6 +205,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # steps done
     sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last log line
+    encoded: int = 0  # images this process had to encode since then, as no latents were kept
     log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
 
 
@@ -688,7 +680,10 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the middle."""
+    """ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the middle.
+    Raises ValueError for a line of pixels: made wide enough, it could fill the memory."""
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -722,13 +717,16 @@ class FolderImages(torchvision.datasets.DatasetFolder):
             if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
                 folder = train
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
-            for path, _ in self.samples[:: 1 + len(self) // 1000]:
-                Image.open(path).close()
+            for i in range(0, len(self), 1 + len(self) // 100):  # a look at some of them
+                self[i]
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
-        with explained(f"{path} is no readable image: mend or remove it"), Image.open(path) as file:
-            crop = np.array(center_crop(to_rgb(file), self.size))
+        with explained(f"{path} is no readable image: mend or remove it"):
+            if not os.path.isfile(path):  # a pipe would be waited for
+                raise ValueError("no regular file")
+            with Image.open(path) as file:
+                crop = np.array(center_crop(to_rgb(file), self.size))
         image = torch.from_numpy(crop).permute(2, 0, 1)
         if self.cache is None:
             return image, label
@@ -745,7 +743,9 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
             rows[file] = np.load(file).reshape(2 * channels, h, w)
-    if len(rows) < len(set(files)):  # all are encoded: a smaller batch would round otherwise
+    missing = len(set(files)) - len(rows)
+    run.encoded += missing
+    if missing:  # all are encoded: a smaller batch would round otherwise
         encoded = encode_images(run.vae, images).half().cpu().numpy()
         if not np.isfinite(encoded).all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
@@ -785,7 +785,9 @@ def index_batches(run: Run):
 
 # ---- 8. The training loop ------------------------------------------------------------------------
 def setup_distributed() -> tuple:
-    """(rank, world_size, device) as torchrun says; plain python is one process."""
+    """(rank, world_size, device) as torchrun says; plain python is one process. Raises BadInput."""
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise BadInput("only one of RANK and WORLD_SIZE is set: unset it, or let torchrun set both")
     rank, world_size = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -803,30 +805,33 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     rule = f"a multiple of {world_size} processes x accum {config.accum}"
     require(config, "batch_size", config.batch_size % (world_size * config.accum) == 0, rule)
 
-    # Data and frozen networks; they tell the number of classes and the teacher's width.
+    run = Run(config, rank, world_size, device)
+
+    # Data and frozen networks; they tell the classes and the teacher's width.
     folder, size = config.data, config.image_size
-    dataset = FolderImages(folder, size) if folder else demo_shapes(size)
-    vae = build_vae(config, device)
+    run.dataset = dataset = FolderImages(folder, size) if folder else demo_shapes(size)
+    told = dict(num_classes=len(dataset.classes), class_names=tuple(dataset.classes))
+    config = dataclasses.replace(config, **told)
+    saved = read_latest(config)  # a bad file is told before the long work
+    run.vae = vae = build_vae(config, device)
     if folder and vae:
         weights = b"".join(value.cpu().numpy().tobytes() for value in vae.tensors.values())
         dataset.cache = os.path.join(config.cache, hashlib.sha256(weights).hexdigest()[:16])
-    teacher = build_teacher(config, dataset, device, rank)
-    told = dict(num_classes=len(dataset.classes), class_names=tuple(dataset.classes))
-    told |= dict(z_dim=teacher.dim) if teacher else {}
-    config = dataclasses.replace(config, **told)
+    run.teacher = build_teacher(config, dataset, device, rank)
+    if run.teacher:
+        config = dataclasses.replace(config, z_dim=run.teacher.dim)
 
     # What is trained, and its average; torch's default betas are those of Tab. 7.
-    run = Run(config, rank, world_size, device, dataset, vae, teacher)
+    run.config = config
     run.model = run.ddp_model = build_model(config).to(device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), config.lr, weight_decay=0, fused=True)
-    resume(run)
+    if saved:
+        resume(run, saved)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         where = f"{len(dataset)} images, {world_size} x {device.type}; {config.out}"
         print(f"{config.method}, {config.size}, steps {run.step} to {config.steps}, {where}")
-    if rank == 0 and run.step >= config.steps:
-        print("finished: raise --steps for more, or name another --out")
     if config.compile and device.type == "cuda":
         run.model.compile()  # in place: names of weights stay
     if world_size > 1:
@@ -834,21 +839,28 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     return run
 
 
-def resume(run: Run) -> None:
-    """Loads latest.pt of the run folder, if there is one. Raises BadInput for other settings."""
-    config, path = run.config, Path(run.config.out, "latest.pt")
+def read_latest(config: Config) -> dict | None:
+    """latest.pt of the run folder, if there is one. Raises BadInput, also for other settings."""
+    path = Path(config.out, "latest.pt")
     if not path.exists():
-        return
+        return None
     saved = read_weights(str(path))
-    for field in dataclasses.fields(config):
-        old, new = saved["config"].get(field.name), getattr(config, field.name)
-        if old != new and not field.metadata.get("free"):
-            changed = f"{field.name} {old} there, {new} here"
-            raise BadInput(f"{path} has other settings ({changed}): name another --out")
-    for name in ("model", "ema", "optimizer"):
-        getattr(run, name).load_state_dict(saved[name])
-    run.optimizer.param_groups[0]["lr"] = config.lr  # as typed now, not as it was then
-    run.step, run.sums, run.log = saved["step"], Counter(saved["sums"]), saved["log"]
+    with explained(f"{path} is no checkpoint of this program: name another --out"):
+        for field in dataclasses.fields(config):
+            old, new = saved["config"].get(field.name), getattr(config, field.name)
+            if old != new and not field.metadata.get("free"):
+                changed = f"{field.name} {old} there, {new} here"
+                raise BadInput(f"{path} has other settings ({changed}): name another --out")
+    return saved
+
+
+def resume(run: Run, saved: dict) -> None:
+    """Goes on from what `save` wrote. Raises BadInput where it is of another network."""
+    with explained(f"latest.pt in {run.config.out} does not fit the network: name another --out"):
+        for name in ("model", "ema", "optimizer"):
+            getattr(run, name).load_state_dict(saved[name])
+        run.step, run.sums, run.log = int(saved["step"]), Counter(saved["sums"]), saved["log"]
+    run.optimizer.param_groups[0]["lr"] = run.config.lr  # as typed now, not as it was then
 
 
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
@@ -887,8 +899,8 @@ def report(run: Run, images_per_s: float) -> None:
     steps = run.sums.pop("steps")
     means = (torch.stack(list(run.sums.values())) / steps).tolist()
     line = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
-    line["images_per_s"] = images_per_s
-    run.sums, run.log = Counter(), [*run.log, line]
+    line |= dict(images_per_s=images_per_s, encoded=run.encoded)
+    run.sums, run.encoded, run.log = Counter(), 0, [*run.log, line]
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
         # Written anew: so it forgets what a killed run did after its last save.
@@ -971,21 +983,35 @@ def train(
             require_finite(run)
         if saves and run.rank == 0:
             save(run)
-        if run.rank == 0 and (last or run.step % config.sample_every == 0):
+        if run.rank == 0 and not last and run.step % config.sample_every == 0:
             preview(run, sampler)
         if stopped:
             break
     if run.rank == 0 and run.step < config.steps:
         tqdm.write(f"stopped and saved at step {run.step}: the same command goes on")
+    elif run.rank == 0:
+        preview(run, sampler)  # also when typed again: a kill may have come before it
+        tqdm.write("finished: raise --steps for more, or name another --out")
 
 
 def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
     """The command line. A fork hands in its train(config, signals=...), Config and docstring."""
     signals = []
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda number, _: signals.append(number))
+
+    def note(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
     try:
-        train(parse_config(kind=kind, doc=doc), signals=signals)
+        config = parse_config(kind=kind, doc=doc)
+        if int(os.getenv("RANK", 0)) == 0:
+            with explained(f"cannot lock {config.out}: does another run write there? end it first"):
+                os.makedirs(config.out, exist_ok=True)
+                lock = FileLock(Path(config.out, "run.lock"))
+                lock.acquire(timeout=2)  # until the process ends, however it does
+        train(config, signals=signals)
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo
     except (BadInput, OSError, RuntimeError) as error:

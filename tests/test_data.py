@@ -131,11 +131,10 @@ def test_a_grey_ramp_stays_a_ramp_with_8_and_with_16_bits(name, dtype, opened, t
 @pytest.mark.parametrize("mode, dtype", [("I", "<i4"), ("F", "<f4")])
 def test_pixels_of_unknown_range_are_refused_with_one_sentence(mode, dtype, tmp_path):
     ramp_file(tmp_path / "only" / "x.tif", dtype, mode, top=1)
-    images = FolderImages(str(tmp_path), 16)
     with pytest.raises(
         BadInput, match="x.tif is no readable .*range is unknown: save it with 8 or 16"
     ):
-        images[0]
+        FolderImages(str(tmp_path), 16)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".jfif", ".jp2", ".avif", ".JPEG", ".webp"])
@@ -179,22 +178,45 @@ def test_a_missing_or_empty_folder_is_one_sentence(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_image_is_named_before_any_work(tmp_path):
+def odd_file(name, path):
+    """Something at `path` that ends like an image."""
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name == "cut":
+        Image.effect_noise((64, 64), 50).save(path, "PNG")
+        os.truncate(path, os.path.getsize(path) // 2)  # its header is fine
+    elif name == "line":
+        Image.new("L", (60_000, 1)).save(path, "PNG")  # 16 GB, once its sides are large enough
+    elif name == "bomb":
+        Image.new("1", (14_000, 14_000)).save(path, "PNG")  # above Pillow's 179 megapixels
+    else:
+        path.write_text("no image")
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("text", "cannot identify image file"),
+        ("cut", "truncated"),
+        ("line", "60000 x 1 pixels"),
+        ("bomb", "exceeds limit of 178956970 pixels"),
+        ("pipe", "no regular file"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named_before_any_work(name, told, tmp_path):
     folder = make_folder(tmp_path)
-    (tmp_path / "cat" / "notes.jpg").write_text("no image")
-    with pytest.raises(
-        BadInput, match="must hold images as class/.* cannot identify image file .*cat/notes.jpg"
-    ):
+    odd_file(name, tmp_path / "cat" / "9.jpg")
+    with pytest.raises(BadInput, match=f"cat/9.jpg is no readable image: .*{told}"):
         FolderImages(folder, 16)
 
 
-def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
-    folder = make_folder(tmp_path)
-    whole = (tmp_path / "dog" / "1.png").read_bytes()
-    (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
-    images = FolderImages(folder, 16)  # its header is fine
-    with pytest.raises(BadInput, match="dog/1.png is no readable image"):
-        images[4]
+def test_one_in_many_is_named_when_it_is_read(tmp_path):
+    folder = make_folder(tmp_path, per_class=60)
+    images = FolderImages(folder, 16)  # looks at each second of 120
+    Path(images.samples[7][0]).write_bytes(b"\x89PNG")
+    images = FolderImages(folder, 16)
+    with pytest.raises(BadInput, match=f"{images.samples[7][0]} is no readable image"):
+        images[7]
 
 
 def batches(config, count, step=0, rank=0, world_size=1):

@@ -143,7 +143,48 @@ def test_a_milestone_is_what_the_run_was_then(whole, tmp_path):
     assert_equal_runs(whole, tmp_path)
 
 
+def test_a_run_killed_before_its_last_picture_draws_it_when_typed_again(tmp_path, monkeypatch):
+    def killed(run, sampler):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maskalign, "preview", killed)
+        with pytest.raises(Killed):
+            train(config(tmp_path))
+    assert checkpoint(tmp_path)["step"] == 8 and not list(tmp_path.glob("*.png"))
+    train(config(tmp_path))
+    assert (tmp_path / "samples-0000008.png").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_one_sentence(tmp_path):
+    """As after kill -9 of torchrun: it dies at once, its ranks go on."""
+    (first,) = start(tmp_path, "--steps=100000", "--save_every=100000")
+    (second,) = start_ranks(1, "maskalign.py", *flags_of(tmp_path))
+    status, shown, errors = second.end(timeout=60)
+    sentence = f"maskalign.py: cannot lock {tmp_path}: does another run write there? end it first"
+    assert status == 1 and shown == "" and errors.startswith(sentence), errors
+    assert errors.count("\n") == 1 and first.runs()
+    first.kill()
+    first.end()
+    (third,) = start(tmp_path)
+    assert third.end()[0] == 0 and checkpoint(tmp_path)["step"] == 8
+
+
 # ---- signals
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path):
+    """As Ctrl-C while the teacher trains, where no step comes to an end."""
+    argv = [*flags_of(tmp_path), "--method=reg", "--teacher_steps=100000"]
+    (run,) = start_ranks(1, "maskalign.py", *argv)
+    while run.runs() and "training the teacher" not in run.read()[1]:
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert run.runs()
+    os.kill(run.pid, signal.SIGINT)
+    assert run.end(timeout=20)[0] == -signal.SIGINT
+    assert os.listdir(tmp_path) == ["run.lock"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -273,25 +314,27 @@ def test_a_disk_too_small_for_the_latents_is_one_sentence(tmp_path, small_vae_fi
     assert "Traceback" not in errors
 
 
-def test_an_error_of_the_system_is_one_sentence(monkeypatch):
+def test_an_error_of_the_system_is_one_sentence(tmp_path, monkeypatch):
     """A disk may also be full when a row of latents, a line of the log or a picture is written."""
 
     def full(config, signals):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.jsonl")
 
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/fork.py"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/fork.py", "--out=run"])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         maskalign.main(full)
     assert caught.value.code == "fork.py: [Errno 28] No space left on device: 'log.jsonl'"
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+def test_a_mistake_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
     def wrong(config, signals):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    monkeypatch.setattr(sys, "argv", ["maskalign.py"])
+    monkeypatch.setattr(sys, "argv", ["maskalign.py", "--out=run"])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         maskalign.main(wrong)
 
@@ -331,6 +374,52 @@ def test_no_file_that_is_loaded_can_run_code(tmp_path):
     with pytest.raises(BadInput, match="cannot read .*latest.pt"):
         train(config(out))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (
+            lambda state: state.pop("config"),
+            "is no checkpoint of this program: .*KeyError: 'config'",
+        ),
+        (lambda state: state.update(config=[1]), "is no checkpoint of this program"),
+        (lambda state: state.clear(), "is no checkpoint of this program"),
+        (lambda state: state.pop("ema"), "does not fit the network: .*KeyError: 'ema'"),
+        (lambda state: state.pop("step"), "does not fit the network: .*KeyError: 'step'"),
+        (lambda state: state.update(step=None), "does not fit the network"),
+        (lambda state: state.update(optimizer={}), "does not fit the network"),
+        (lambda state: state["model"].popitem(), "does not fit the network: .*Missing key"),
+        (lambda state: state["ema"].update(pos_embed=torch.ones(3)), "does not fit the network"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_sentence(change, told, whole, tmp_path):
+    state = checkpoint(whole)
+    change(state)
+    torch.save(state, tmp_path / "latest.pt")
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match=f"latest.pt .*{told}") as error:
+        train(config(tmp_path))
+    assert "\n" not in str(error.value) and contents(tmp_path) == before
+
+
+def test_a_bad_checkpoint_is_told_before_the_teacher_is_trained(whole, tmp_path):
+    def not_yet(*args):
+        raise AssertionError("the teacher comes later")
+
+    (tmp_path / "latest.pt").write_bytes((whole / "latest.pt").read_bytes()[:5000])
+    with pytest.raises(BadInput, match="cannot read "):
+        train(config(tmp_path, method="reg"), build_teacher=not_yet)
+    (tmp_path / "latest.pt").write_bytes((whole / "latest.pt").read_bytes())
+    with pytest.raises(BadInput, match="has other settings"):
+        train(config(tmp_path, method="reg"), build_teacher=not_yet)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_of_what_torchrun_sets_is_one_sentence(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(BadInput, match="only one of RANK and WORLD_SIZE is set"):
+        train(config(tmp_path))
 
 
 # ---- settings

@@ -77,12 +77,13 @@ def log(out):
 
 
 def assert_equal_runs(a, b):
-    """Weights, averages, moments, sums and logs are equal to the bit; only the speed may differ."""
+    """All but the speed and what the cache spared is equal to the bit: weights, sums, the log."""
     one, two = checkpoint(a), checkpoint(b)
     for name in ("model", "ema", "optimizer", "step", "sums"):
         assert_same(one[name], two[name])
     for x, y in zip(log(a), log(b), strict=True):
-        assert {**x, "images_per_s": 0} == {**y, "images_per_s": 0}
+        free = dict(images_per_s=0, encoded=0)
+        assert x | free == y | free
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +110,12 @@ def one_step_run(tmp_path_factory):
 def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path, capsys):
     status, shown, errors = torchrun(1, "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}").end()
     assert status == 0 and "steps 0 to 6" in shown, errors
-    assert sorted(os.listdir(tmp_path)) == ["latest.pt", "log.jsonl", "samples-0000006.png"]
+    found = ["latest.pt", "log.jsonl", "run.lock", "samples-0000006.png"]
+    assert sorted(os.listdir(tmp_path)) == found
     assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2, 8 * 98 + 2)
     lines = log(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]
-    keys = {"step", "loss", "denoise", "cls", "align", "grad_norm", "images_per_s"}
+    keys = {"step", "loss", "denoise", "cls", "align", "grad_norm", "images_per_s", "encoded"}
     assert all(line.keys() == keys for line in lines)
     train(make_config(out=str(tmp_path), **TINY))
     assert "finished: raise --steps" in capsys.readouterr().out and len(log(tmp_path)) == 3
@@ -318,6 +320,8 @@ def test_a_run_is_the_same_with_an_empty_a_full_and_a_half_filled_cache(
         patch.setattr(maskalign, "encode_images", None)  # all is there: nothing is encoded
         train(encoding("second", "kept"))
     assert_equal_runs(tmp_path / "first", tmp_path / "second")
+    counts = [[line["encoded"] for line in log(tmp_path / name)] for name in ("first", "second")]
+    assert counts[1] == [0] * len(counts[0]) and sum(counts[0]) == 10  # of 10 images
 
     save, files = np.save, []
 
@@ -358,7 +362,7 @@ def test_pixel_space_folder_trains_with_its_own_classifier(tmp_path):
 def test_bad_input_ends_the_program_with_one_sentence(tmp_path):
     _, errors = launch("--data", "nowhere", "--out", tmp_path / "out", status=1)
     assert errors.startswith("maskalign.py: --data nowhere must hold images as class")
-    assert errors.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert errors.count("\n") == 1 and os.listdir(tmp_path / "out") == ["run.lock"]
 
 
 @pytest.mark.parametrize(
