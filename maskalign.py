@@ -680,9 +680,8 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the middle.
-    Raises ValueError for a line of pixels: made wide enough, it could fill the memory."""
-    if max(image.size) > 100 * min(image.size):
+    """ADM's crop: halve by BOX while twice too large, BICUBIC to the size, cut out the middle."""
+    if max(image.size) > 100 * min(image.size):  # a line, once enlarged, could fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -805,29 +804,31 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     rule = f"a multiple of {world_size} processes x accum {config.accum}"
     require(config, "batch_size", config.batch_size % (world_size * config.accum) == 0, rule)
 
-    run = Run(config, rank, world_size, device)
-
     # Data and frozen networks; they tell the classes and the teacher's width.
     folder, size = config.data, config.image_size
-    run.dataset = dataset = FolderImages(folder, size) if folder else demo_shapes(size)
+    dataset = FolderImages(folder, size) if folder else demo_shapes(size)
     told = dict(num_classes=len(dataset.classes), class_names=tuple(dataset.classes))
     config = dataclasses.replace(config, **told)
-    saved = read_latest(config)  # a bad file is told before the long work
-    run.vae = vae = build_vae(config, device)
+    saved = read_latest(config)  # here already: bad input is told before the long work
+    vae = build_vae(config, device)
     if folder and vae:
         weights = b"".join(value.cpu().numpy().tobytes() for value in vae.tensors.values())
         dataset.cache = os.path.join(config.cache, hashlib.sha256(weights).hexdigest()[:16])
-    run.teacher = build_teacher(config, dataset, device, rank)
-    if run.teacher:
-        config = dataclasses.replace(config, z_dim=run.teacher.dim)
+    teacher = build_teacher(config, dataset, device, rank)
+    if teacher:
+        config = dataclasses.replace(config, z_dim=teacher.dim)
 
     # What is trained, and its average; torch's default betas are those of Tab. 7.
-    run.config = config
+    run = Run(config, rank, world_size, device, dataset, vae, teacher)
     run.model = run.ddp_model = build_model(config).to(device)
     run.ema = copy.deepcopy(run.model).eval().requires_grad_(False)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), config.lr, weight_decay=0, fused=True)
     if saved:
-        resume(run, saved)
+        with explained(f"latest.pt in {config.out} does not fit the network: name another --out"):
+            for name in ("model", "ema", "optimizer"):
+                getattr(run, name).load_state_dict(saved[name])
+            run.step, run.sums, run.log = int(saved["step"]), Counter(saved["sums"]), saved["log"]
+        run.optimizer.param_groups[0]["lr"] = config.lr  # as typed now, not as it was then
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         where = f"{len(dataset)} images, {world_size} x {device.type}; {config.out}"
@@ -852,15 +853,6 @@ def read_latest(config: Config) -> dict | None:
                 changed = f"{field.name} {old} there, {new} here"
                 raise BadInput(f"{path} has other settings ({changed}): name another --out")
     return saved
-
-
-def resume(run: Run, saved: dict) -> None:
-    """Goes on from what `save` wrote. Raises BadInput where it is of another network."""
-    with explained(f"latest.pt in {run.config.out} does not fit the network: name another --out"):
-        for name in ("model", "ema", "optimizer"):
-            getattr(run, name).load_state_dict(saved[name])
-        run.step, run.sums, run.log = int(saved["step"]), Counter(saved["sums"]), saved["log"]
-    run.optimizer.param_groups[0]["lr"] = run.config.lr  # as typed now, not as it was then
 
 
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
