@@ -1,4 +1,4 @@
-"""Reads tests/golden/public.json: weights and inputs rebuilt by name, outputs to compare with."""
+"""Reads tests/golden/*.json: weights and inputs rebuilt by name, outputs to compare with."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from maskalign import SiT, make_config, sincos_pos_embed
 from sample import from_official
 
 HERE = Path(__file__).parent
-GOLD = json.loads((HERE / "golden" / "public.json").read_text())
-CASES = {case["id"]: case for case in GOLD["cases"]}
+GOLD = [json.loads((HERE / "golden" / name).read_text()) for name in ("public.json", "more.json")]
+CASES = {case["id"]: case for gold in GOLD for case in gold["cases"]}
 
 
 def ids(prefix, without=()):
@@ -50,18 +50,26 @@ def inputs(case, dtype=torch.float64):
     return {key: x.to(dtype) if x.is_floating_point() else x for key, x in tensors.items()}
 
 
-def model(case, dtype=torch.float64):
-    """Our SiT with the official weights of a case, loaded strictly."""
-    c, state = case["config"], from_official(weights(case, dtype))
-    config = make_config(
+def sizes(case):
+    """The settings that say how large the network of a case is."""
+    c, shapes = case["config"], dict(case["state_dict"])
+    return dict(
         data="x",
-        method="reg" if "cls_norm.weight" in state else "repa",
         image_size=8 * c["input_size"],
         patch_size=c["patch_size"],
         hidden_size=c["hidden_size"],
         depth=c["depth"],
         num_heads=c["num_heads"],
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+    )
+
+
+def model(case, dtype=torch.float64):
+    """Our SiT with the official weights of a case, loaded strictly."""
+    c, state = case["config"], from_official(weights(case, dtype))
+    config = make_config(
+        **sizes(case),
+        method="reg" if "cls_norm.weight" in state else "repa",
         z_dim=c["z_dims"][0],
         projector_dim=c["projector_dim"],
         align_depth=c["encoder_depth"],
@@ -90,4 +98,5 @@ def assert_golden(value, case, name, rounding=0.0):
     assert worst <= limit, f"{case['id']} {name}: off by {worst:.2e}, allowed {limit:.2e}"
 
 
-assert GOLD["self_check"] == formula.self_check(), "the golden formula was changed"
+for gold in GOLD:
+    assert gold["self_check"] == formula.self_check(), "the golden formula was changed"

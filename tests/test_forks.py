@@ -1,4 +1,4 @@
-"""The forks: HASTE, SRA and xAR proved against their papers' own losses.
+"""The forks, proved against the official programs' losses and against what their papers say.
 
 The first half holds for every file in tests/forks/, a new one included: nothing to add here.
 """
@@ -12,11 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import forks.haste as haste
+import forks.irepa as irepa
+import forks.layersync as layersync
 import forks.sra as sra
+import forks.tread as tread
 import forks.xar as xar
 import pytest
 import torch
-from golden_cases import CASES, assert_golden, inputs, model, weights
+from golden_cases import CASES, assert_golden, inputs, model, sizes, weights
 from processes import ROOT, Program, start_ranks
 from test_method import trained_looking
 from test_training import assert_equal_runs, assert_same, checkpoint, log
@@ -26,6 +29,11 @@ from maskalign import BadInput, Config, Run, SiTOutput, add_noise, make_config, 
 
 NAMES = sorted(path.stem for path in Path(ROOT, "tests", "forks").glob("*.py"))
 HASTE, SRA = CASES["loss/haste"], CASES["loss/sra_linear"]
+IREPA, SYNC = CASES["loss_irepa/conv3_gamma0.6"], CASES["loss_layersync/repa_time_1_to_3"]
+TREAD = CASES["loss_tread/flow_matching_1_to_2_half"]
+in_both_precisions = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32], ids=["float64", "float32"]
+)
 TINY = dict(
     steps=4,
     batch_size=8,
@@ -165,7 +173,7 @@ def test_the_page_on_forks_tells_its_length_and_the_functions_it_hands_over(fork
     for row in [row for row in rows if row.startswith(f"| [`{fork.name}.py`]")]:
         _, _, _, functions, lines, _ = row.split("|")
         assert int(lines) == len(fork.path.read_text().splitlines())
-        handed = re.findall(r"(\w+)=\w+,\n", fork.path.read_text().partition("def train(")[2])
+        handed = re.findall(r"(\w+)=\w+\b", fork.path.read_text().partition("def train(")[2])
         assert re.findall(r"`(\w+)`", functions) == [name for name in handed if name != "signals"]
 
 
@@ -209,7 +217,7 @@ def haste_losses(dtype):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@in_both_precisions
 def test_haste_losses_and_gradients_equal_the_official_ones(dtype):
     sit, losses, ours = haste_losses(dtype)
     assert_golden(losses["attn"], HASTE, "attn_loss")
@@ -340,18 +348,9 @@ def test_an_unknown_draw_is_no_silent_loss():
 
 def sra_losses(dtype):
     """Student, EMA teacher and losses of the golden SRA case."""
-    x, c, networks = inputs(SRA, dtype), SRA["config"], []
-    config = make_config(
-        sra.Sra,
-        data="x",
-        num_classes=10,
-        image_size=8 * c["input_size"],
-        hidden_size=c["hidden_size"],
-        depth=c["depth"],
-        num_heads=c["num_heads"],
-        align_depth=SRA["block_out_s"],
-        self_depth=SRA["block_out_t"],
-    )
+    x, networks = inputs(SRA, dtype), []
+    depths = dict(align_depth=SRA["block_out_s"], self_depth=SRA["block_out_t"])
+    config = make_config(sra.Sra, **sizes(SRA), **depths)
     for seed in (SRA["seed"], SRA["teacher_seed"]):
         state = weights(SRA, dtype, seed)
         for (old, new), kind in itertools.product(
@@ -372,7 +371,7 @@ def sra_losses(dtype):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@in_both_precisions
 def test_sra_losses_and_gradients_equal_the_official_ones(dtype):
     (student, teacher), losses, x = sra_losses(dtype)
     assert_golden(losses["align"], SRA, "align_loss.sml1")
@@ -581,6 +580,142 @@ def test_xar_learns_a_sign_that_all_cells_share():
     assert 0.8 < out.abs().mean() < 1.2
 
 
+# ---- iREPA, LayerSync and TREAD: the official numbers
+
+
+def official(case, kind, build_model, dtype, renamed=(), **typed):
+    """A fork's network with the official weights of a case, and its config."""
+    typed = sizes(case) | dict(align_depth=1) | typed
+    config, state = make_config(kind, **typed), weights(case, dtype)
+    for old, new in renamed:
+        state = {key.replace(old, new): value for key, value in state.items()}
+    sit = build_model(config).to(dtype)
+    sit.load_state_dict(state)
+    return sit, config
+
+
+def official_losses(training_losses, case, sit, config, z=None, **drawn):
+    """The losses of a fork on the inputs of a case."""
+    x = inputs(case, sit.pos_embed.dtype)
+    drop = x["drop_rand"] < 0.1
+    return training_losses(
+        *(sit, x["images"], x["y"], z, config), t=x["t"], noise=x["noise"], drop=drop, **drawn
+    )
+
+
+def assert_golden_gradients(sit, case, prefix="", renamed=()):
+    """Each gradient that is stored under this prefix, and the norm over all weights."""
+    grads = {name: p.grad for name, p in sit.named_parameters() if p.grad is not None}
+    assert_golden(torch.nn.utils.get_total_norm(grads.values()), case, f"{prefix}grad_norm")
+    for old, new in renamed:
+        grads = {name.replace(new, old): grad for name, grad in grads.items()}
+    stored = [name for name in case["outputs"] if name.startswith(f"{prefix}grad.")]
+    assert len(stored) >= 3
+    for name in stored:
+        assert_golden(grads[name.removeprefix(f"{prefix}grad.")], case, name)
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_irepas_normalised_patches_equal_the_official_ones(dtype):
+    case = CASES["irepa_norm/16x24"]
+    for (name, z), gamma in itertools.product(inputs(case, dtype).items(), (0.6, 0.8, 1.0)):
+        assert_golden(irepa.normalise(z, gamma), case, f"{name}.gamma{gamma}")
+
+
+CONV = [("projectors.0.projection_layer", "projectors.1")]
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_irepas_losses_and_gradients_equal_the_official_ones(dtype):
+    on = dict(z_dim=24, align_depth=2, align_coeff=1.0)
+    sit, config = official(IREPA, irepa.Irepa, irepa.build_model, dtype, CONV, **on)
+    z, seen = inputs(IREPA, dtype)["feat.0"], []
+    assert_golden(irepa.normalise(z, config.gamma), IREPA, "target.0")
+    z = torch.cat([torch.full_like(z[:, :1], torch.nan), z], dim=1)  # no class token enters
+    sit.register_forward_hook(lambda module, args, out: seen.append(out))
+    losses = official_losses(irepa.training_losses, IREPA, sit, config, z)
+    assert_golden(seen[0].z_pred, IREPA, "zs.0")
+    assert_golden(losses["align"], IREPA, "proj_loss")
+    assert_golden(losses["loss"], IREPA, "total")
+    losses["loss"].backward()
+    assert_golden_gradients(sit, IREPA, renamed=CONV)
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_layersyncs_losses_and_gradients_equal_the_official_ones(dtype):
+    for early, late in ((2, 4), (1, 3)):  # the last is that of the gradients
+        on = dict(early_depth=early, late_depth=late)
+        sit, config = official(SYNC, layersync.LayerSync, layersync.build_model, dtype, **on)
+        loss = layersync.training_losses
+        losses = official_losses(loss, SYNC, sit, config, pair=sit.pair)
+        assert_golden(losses["sync"], SYNC, f"pair_loss.{SYNC['pairs'].index([early, late])}")
+    assert_golden(sit.pair[0].kept, SYNC, "features.early")
+    assert_golden(sit.pair[1].kept, SYNC, "features.late")
+    assert_golden(losses["sync"], SYNC, "align_loss")
+    assert_golden(losses["loss"], SYNC, "total")
+    losses["sync"].backward(retain_graph=True)  # alone it does not pass the early block
+    assert all(p.grad is None for block in sit.blocks[1:] for p in block.parameters())
+    assert_golden_gradients(sit, SYNC, "align_only.")
+    sit.zero_grad()
+    losses["loss"].backward()
+    assert_golden_gradients(sit, SYNC)
+
+
+TREAD_ROUTE = dict(first_routed=2, last_routed=3)  # the official program calls them 1 and 2
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_treads_losses_and_gradients_equal_the_official_ones(dtype):
+    sit, config = official(TREAD, tread.Tread, tread.build_model, dtype, **TREAD_ROUTE)
+    ids = inputs(TREAD)["ids_keep.0"]
+    losses = official_losses(tread.training_losses, TREAD, sit, config, ids_keep=ids)
+    assert_golden(losses["loss"], TREAD, "total")
+    losses["loss"].backward()
+    assert_golden_gradients(sit, TREAD)
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_treads_tokens_before_in_and_after_the_route_equal_the_official_ones(dtype):
+    case, seen = CASES["tread_forward/1_to_2_half"], []
+    sit, _ = official(case, tread.Tread, tread.build_model, dtype, **TREAD_ROUTE)
+    for block in sit.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    x = inputs(case, dtype)
+    out = sit(x["x"], x["t"], x["y"], ids_route=x["ids_keep.0"])
+    assert_golden(seen[1], case, "kept_in.0")
+    assert_golden(
+        seen[3].gather(1, x["ids_keep.0"][..., None].expand_as(seen[1])), case, "kept_out.0"
+    )
+    assert_golden(seen[3], case, "merged.0")
+    assert_golden(maskalign.unpatchify(out.v, 2), case, "velocity")
+    plain = sit(x["x"], x["t"], x["y"]).v
+    assert_golden(maskalign.unpatchify(plain, 2), case, "velocity_without_route")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["tread_forward/1_to_2_half", TREAD["id"]])
+def test_treads_route_takes_the_tokens_that_the_official_one_takes(name, monkeypatch):
+    x = inputs(CASES[name])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: x["route_rand.0"])
+    ids = maskalign.sample_token_subset(3, 16, 0.5)
+    assert torch.equal(ids, x["ids_keep.0"].sort(dim=-1).values)  # attention asks for no order
+
+
+@pytest.mark.golden
+def test_treads_images_equal_the_official_ones_that_no_route_made():
+    case = CASES["tread_sampler/routing_guidance_2"]
+    sit, _ = official(case, tread.Tread, tread.build_model, torch.float64, **TREAD_ROUTE)
+    x = inputs(case)
+    for name, scale in (("samples_plain", 1.0), ("samples_cfg", 1.5)):
+        on = dict(num_steps=2, cfg_scale=scale)
+        assert_golden(maskalign.euler_ode(sit.eval(), x["latents"], x["y"], **on), case, name)
+
+
 # ---- Combinations, refusals, samples
 
 
@@ -623,14 +758,14 @@ def test_combinations_that_make_no_sense_are_refused_with_a_reason(kind, typed, 
     assert "\n" not in str(caught.value)
 
 
-def test_sample_draws_haste_and_sra_as_they_are_and_xar_by_its_own_command(fork, tmp_path):
-    if fork.name not in ("haste", "sra", "xar"):
-        pytest.skip("a new fork says by itself how it is sampled")
+def test_the_sampling_command_of_its_docstring_draws_its_checkpoint(fork, tmp_path):
+    told = re.search(
+        rf"python (\S+\.py)( sample)? runs/{fork.name}-demo/latest.pt", fork.module.__doc__
+    )
+    script, own = told[1], [told[2].strip()] * bool(told[2])
     argv = [fork.out / "latest.pt", "--steps=2", "--per_class=1", f"--out={tmp_path}/grid.png"]
-    status, _, errors = Program("sample.py", *argv).end()
-    assert status == int(fork.name == "xar"), errors
-    if fork.name == "xar":
-        assert errors.count("\n") == 1 and 'Unexpected key(s) in state_dict: "cell"' in errors
-        status, shown, errors = Program("tests/forks/xar.py", "sample", *argv).end()
-        assert status == 0 and "sampler ode" in shown, errors
-    assert (tmp_path / "grid.png").exists()
+    status, shown, errors = Program(script, *own, *argv).end()
+    assert status == 0 and "sampler ode" in shown and (tmp_path / "grid.png").exists(), errors
+    if own:  # of a network that sample.py cannot draw
+        status, _, errors = Program("sample.py", *argv).end()
+        assert status == 1 and errors.count("\n") == 1 and "does not fit the network" in errors

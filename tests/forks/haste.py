@@ -47,7 +47,7 @@ class Haste(maskalign.Config):
 
 def keep_output(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
     """A forward hook: PyTorch calls it after the layer, which then remembers what it put out."""
-    layer.kept = output
+    layer.kept = output if layer.training else None  # the EMA, a copy with hooks, keeps nothing
 
 
 def hook_attention(blocks: nn.ModuleList, numbers: list) -> list:
@@ -55,7 +55,9 @@ def hook_attention(blocks: nn.ModuleList, numbers: list) -> list:
     network with fewer blocks gives its last."""
     layers = [blocks[:number][-1].attn for number in numbers]
     for attn in layers:
-        attn.qkv.register_forward_hook(keep_output)
+        attn.qkv.train().register_forward_hook(
+            keep_output
+        )  # train(): the teacher keeps its own, too
     return layers
 
 

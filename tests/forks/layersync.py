@@ -52,8 +52,7 @@ class LayerSync(maskalign.Config):
 
 def keep_output(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
     """A forward hook: PyTorch calls it after the layer, which then remembers what it put out."""
-    if layer.training:  # the EMA, a copy with all hooks but in eval mode, keeps nothing
-        layer.kept = output
+    layer.kept = output if layer.training else None  # the EMA, a copy with hooks, keeps nothing
 
 
 def build_model(config: LayerSync) -> maskalign.SiT:
