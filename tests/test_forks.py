@@ -26,10 +26,12 @@ from test_training import assert_equal_runs, assert_same, checkpoint, log
 
 import maskalign
 from maskalign import BadInput, Config, Run, SiTOutput, add_noise, make_config, seeded
+from sample import from_original_sit
 
 NAMES = sorted(path.stem for path in Path(ROOT, "tests", "forks").glob("*.py"))
 HASTE, SRA = CASES["loss/haste"], CASES["loss/sra_linear"]
-IREPA, SYNC = CASES["loss_irepa/conv3_gamma0.6"], CASES["loss_layersync/repa_time_1_to_3"]
+IREPA = CASES["loss_irepa/conv3_gamma0.6"]
+SYNC = [case for name, case in CASES.items() if name.startswith("loss_layersync/")]
 TREAD = CASES["loss_tread/flow_matching_1_to_2_half"]
 in_both_precisions = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32], ids=["float64", "float32"]
@@ -456,6 +458,11 @@ def test_networks_have_the_published_shapes(size):
     head = {name: shape for name, shape in ours.items() if name.startswith("projectors.")}
     assert ours == sit | head and sum(map(math.prod, head.values())) == HEADS[size]
     assert shapes(xar.Xar, xar.build_model) == sit | dict(cell=(256,))
+    assert shapes(layersync.LayerSync, layersync.build_model) == sit
+    assert shapes(tread.Tread, tread.build_model) == sit
+    width, ours = repa["pos_embed"][-1], shapes(irepa.Irepa, irepa.build_model)
+    conv = {"projectors.1.weight": (768, width, 3, 3), "projectors.1.bias": (768,)}
+    assert ours == sit | conv
 
 
 # ---- xAR
@@ -580,38 +587,32 @@ def test_xar_learns_a_sign_that_all_cells_share():
     assert 0.8 < out.abs().mean() < 1.2
 
 
-# ---- iREPA, LayerSync and TREAD: the official numbers
+# ---- iREPA, LayerSync and TREAD: the official numbers, then what is true of each
 
 
-def official(case, kind, build_model, dtype, renamed=(), **typed):
+def official(case, kind, build_model, state, **typed):
     """A fork's network with the official weights of a case, and its config."""
-    typed = sizes(case) | dict(align_depth=1) | typed
-    config, state = make_config(kind, **typed), weights(case, dtype)
-    for old, new in renamed:
-        state = {key.replace(old, new): value for key, value in state.items()}
-    sit = build_model(config).to(dtype)
+    config = make_config(kind, **(sizes(case) | dict(align_depth=1) | typed))
+    sit = build_model(config).to(state["pos_embed"].dtype)
     sit.load_state_dict(state)
     return sit, config
 
 
-def official_losses(training_losses, case, sit, config, z=None, **drawn):
-    """The losses of a fork on the inputs of a case."""
+def official_losses(training_losses, case, sit, config, z=None, turned=False, **drawn):
+    """The losses of a fork on the inputs of a case; turned: its time runs from noise to data."""
     x = inputs(case, sit.pos_embed.dtype)
-    drop = x["drop_rand"] < 0.1
-    return training_losses(
-        *(sit, x["images"], x["y"], z, config), t=x["t"], noise=x["noise"], drop=drop, **drawn
-    )
+    drawn |= dict(t=1 - x["t"] if turned else x["t"], noise=x["noise"], drop=x["drop_rand"] < 0.1)
+    return training_losses(sit, x["images"], x["y"], z, config, **drawn)
 
 
-def assert_golden_gradients(sit, case, prefix="", renamed=()):
+def assert_golden_gradients(sit, case, prefix="", renamed=("", ""), but=()):
     """Each gradient that is stored under this prefix, and the norm over all weights."""
     grads = {name: p.grad for name, p in sit.named_parameters() if p.grad is not None}
     assert_golden(torch.nn.utils.get_total_norm(grads.values()), case, f"{prefix}grad_norm")
-    for old, new in renamed:
-        grads = {name.replace(new, old): grad for name, grad in grads.items()}
-    stored = [name for name in case["outputs"] if name.startswith(f"{prefix}grad.")]
+    grads = {name.replace(*renamed): grad for name, grad in grads.items()}
+    stored = {name for name in case["outputs"] if name.startswith(f"{prefix}grad.")}
     assert len(stored) >= 3
-    for name in stored:
+    for name in stored - {f"{prefix}grad.{name}" for name in but}:
         assert_golden(grads[name.removeprefix(f"{prefix}grad.")], case, name)
 
 
@@ -623,14 +624,13 @@ def test_irepas_normalised_patches_equal_the_official_ones(dtype):
         assert_golden(irepa.normalise(z, gamma), case, f"{name}.gamma{gamma}")
 
 
-CONV = [("projectors.0.projection_layer", "projectors.1")]
-
-
 @pytest.mark.golden
 @in_both_precisions
 def test_irepas_losses_and_gradients_equal_the_official_ones(dtype):
+    theirs, ours = "projectors.0.projection_layer", "projectors.1"
+    state = {name.replace(theirs, ours): w for name, w in weights(IREPA, dtype).items()}
     on = dict(z_dim=24, align_depth=2, align_coeff=1.0)
-    sit, config = official(IREPA, irepa.Irepa, irepa.build_model, dtype, CONV, **on)
+    sit, config = official(IREPA, irepa.Irepa, irepa.build_model, state, **on)
     z, seen = inputs(IREPA, dtype)["feat.0"], []
     assert_golden(irepa.normalise(z, config.gamma), IREPA, "target.0")
     z = torch.cat([torch.full_like(z[:, :1], torch.nan), z], dim=1)  # no class token enters
@@ -640,28 +640,34 @@ def test_irepas_losses_and_gradients_equal_the_official_ones(dtype):
     assert_golden(losses["align"], IREPA, "proj_loss")
     assert_golden(losses["loss"], IREPA, "total")
     losses["loss"].backward()
-    assert_golden_gradients(sit, IREPA, renamed=CONV)
+    assert_golden_gradients(sit, IREPA, renamed=(ours, theirs))
 
 
 @pytest.mark.golden
 @in_both_precisions
-def test_layersyncs_losses_and_gradients_equal_the_official_ones(dtype):
+@pytest.mark.parametrize("case", SYNC, ids=lambda case: case["time_direction"])
+def test_layersyncs_losses_and_gradients_equal_the_official_ones(case, dtype):
+    turned, state = case["time_direction"] == "t=1 is data", weights(case, dtype)
+    if turned:  # as the paper runs it: a network that counts time from noise to data
+        state = from_original_sit(state, channels=4)
     for early, late in ((2, 4), (1, 3)):  # the last is that of the gradients
         on = dict(early_depth=early, late_depth=late)
-        sit, config = official(SYNC, layersync.LayerSync, layersync.build_model, dtype, **on)
-        loss = layersync.training_losses
-        losses = official_losses(loss, SYNC, sit, config, pair=sit.pair)
-        assert_golden(losses["sync"], SYNC, f"pair_loss.{SYNC['pairs'].index([early, late])}")
-    assert_golden(sit.pair[0].kept, SYNC, "features.early")
-    assert_golden(sit.pair[1].kept, SYNC, "features.late")
-    assert_golden(losses["sync"], SYNC, "align_loss")
-    assert_golden(losses["loss"], SYNC, "total")
+        sit, config = official(case, layersync.LayerSync, layersync.build_model, state, **on)
+        losses = official_losses(
+            layersync.training_losses, case, sit, config, turned=turned, pair=sit.pair
+        )
+        assert_golden(losses["sync"], case, f"pair_loss.{case['pairs'].index([early, late])}")
+    for name, block in zip(("early", "late"), sit.pair, strict=True):
+        assert_golden(block.kept, case, f"features.{name}")
+    assert_golden(losses["sync"], case, "align_loss")
+    assert_golden(losses["loss"], case, "total")
     losses["sync"].backward(retain_graph=True)  # alone it does not pass the early block
     assert all(p.grad is None for block in sit.blocks[1:] for p in block.parameters())
-    assert_golden_gradients(sit, SYNC, "align_only.")
+    assert_golden_gradients(sit, case, "align_only.")
     sit.zero_grad()
     losses["loss"].backward()
-    assert_golden_gradients(sit, SYNC)
+    converted = {"t_embedder.mlp.0.weight", "final_layer.linear.weight"} if turned else set()
+    assert_golden_gradients(sit, case, but=converted)
 
 
 TREAD_ROUTE = dict(first_routed=2, last_routed=3)  # the official program calls them 1 and 2
@@ -670,7 +676,9 @@ TREAD_ROUTE = dict(first_routed=2, last_routed=3)  # the official program calls 
 @pytest.mark.golden
 @in_both_precisions
 def test_treads_losses_and_gradients_equal_the_official_ones(dtype):
-    sit, config = official(TREAD, tread.Tread, tread.build_model, dtype, **TREAD_ROUTE)
+    sit, config = official(
+        TREAD, tread.Tread, tread.build_model, weights(TREAD, dtype), **TREAD_ROUTE
+    )
     ids = inputs(TREAD)["ids_keep.0"]
     losses = official_losses(tread.training_losses, TREAD, sit, config, ids_keep=ids)
     assert_golden(losses["loss"], TREAD, "total")
@@ -682,7 +690,7 @@ def test_treads_losses_and_gradients_equal_the_official_ones(dtype):
 @in_both_precisions
 def test_treads_tokens_before_in_and_after_the_route_equal_the_official_ones(dtype):
     case, seen = CASES["tread_forward/1_to_2_half"], []
-    sit, _ = official(case, tread.Tread, tread.build_model, dtype, **TREAD_ROUTE)
+    sit, _ = official(case, tread.Tread, tread.build_model, weights(case, dtype), **TREAD_ROUTE)
     for block in sit.blocks:
         block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     x = inputs(case, dtype)
@@ -709,11 +717,133 @@ def test_treads_route_takes_the_tokens_that_the_official_one_takes(name, monkeyp
 @pytest.mark.golden
 def test_treads_images_equal_the_official_ones_that_no_route_made():
     case = CASES["tread_sampler/routing_guidance_2"]
-    sit, _ = official(case, tread.Tread, tread.build_model, torch.float64, **TREAD_ROUTE)
+    sit, _ = official(case, tread.Tread, tread.build_model, weights(case), **TREAD_ROUTE)
     x = inputs(case)
     for name, scale in (("samples_plain", 1.0), ("samples_cfg", 1.5)):
         on = dict(num_steps=2, cfg_scale=scale)
         assert_golden(maskalign.euler_ode(sit.eval(), x["latents"], x["y"], **on), case, name)
+
+
+def tokens_of(config, seed=0):
+    """Teacher tokens z (3, 1 + 16, 8), and the draws of a step without the VAE's noise."""
+    z = torch.randn(3, 17, 8, generator=torch.Generator().manual_seed(seed))
+    drawn = maskalign.draw_step(Run(config), seeded("cpu", "test"))
+    del drawn["vae_noise"]
+    return z, drawn
+
+
+def small(module, kind, **typed):
+    """A fork's network that looks trained, and its config: 16 patches, a teacher of width 8."""
+    config = make_config(kind, **(SMALL | dict(z_dim=8) | typed))
+    return trained_looking(module.build_model(config)), config
+
+
+def test_irepas_kept_token_sees_its_kept_neighbours_in_the_grid_and_nothing_else():
+    (sit, _), h = small(irepa, irepa.Irepa), torch.randn(1, 16, 32)
+    everything = sit.convolve(h, None)
+    torch.testing.assert_close(sit.convolve(h, torch.arange(16)[None]), everything)
+    ids = torch.tensor([[0, 1, 3, 4, 7, 10, 15]])  # of 4 x 4; 3 and 4 are neighbours in no grid
+    some, holes = sit.convolve(h[:, ids[0]], ids), torch.zeros_like(h)
+    holes[:, ids[0]] = h[:, ids[0]]
+    torch.testing.assert_close(some, sit.convolve(holes, None)[:, ids[0]])
+    for i, token in enumerate(ids[0].tolist()):
+        changed = h.clone()
+        changed[:, token] += 1
+        moved = (sit.convolve(changed[:, ids[0]], ids) - some).abs().amax(-1)[0] > 1e-4
+        near = [
+            max(abs(token // 4 - other // 4), abs(token % 4 - other % 4)) <= 1
+            for other in ids[0].tolist()
+        ]
+        assert moved.tolist() == near and near[i]
+
+
+def test_irepas_patches_are_normalised_before_the_mask_and_the_class_token_is_not():
+    on = dict(mask_ratio=0.25, mixer_depth=1, class_token=True)
+    sit, config = small(irepa, irepa.Irepa, **on)
+    (x, y), (z, drawn) = small_batch(), tokens_of(config)
+    loss = irepa.training_losses(sit, x, y, z, config, **drawn)["align"]
+
+    target = (z - 0.6 * z[:, 1:].mean(1, keepdim=True)) / z[:, 1:].std(1, keepdim=True)
+    target[:, 0] = z[:, 0]
+    cls_t, x_t = (
+        add_noise(*pair, drawn["t"])
+        for pair in ((z[:, 0], drawn["cls_noise"]), (x, drawn["noise"]))
+    )
+    y = torch.where(drawn["drop"], 10, y)
+    ours = sit(x_t, drawn["t"], y, cls_t, drawn["ids_keep"]).z_pred
+    kept = maskalign.gather_tokens(target, drawn["ids_keep"], class_token=True)
+    assert ours.shape == kept.shape == (3, 13, 8)
+    expected = -torch.cosine_similarity(ours, kept, dim=-1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)  # eps is 1e-6
+
+
+def test_layersync_with_the_mask_compares_the_kept_tokens_and_needs_no_teacher():
+    on = dict(mask_ratio=0.25, mixer_depth=1, early_depth=1, late_depth=3)
+    sit, config = small(layersync, layersync.LayerSync, **on)
+    (x, y), (_, drawn) = small_batch(), tokens_of(config)
+    assert maskalign.build_teacher(config, None, "cpu") is None
+    losses = layersync.training_losses(sit.train(), x, y, None, config, pair=sit.pair, **drawn)
+    early, late = (block.kept for block in sit.pair)
+    assert early.shape == late.shape == (3, 12, 32)
+    expected = -torch.cosine_similarity(early, late, dim=-1).mean()
+    assert losses["sync"].item() == pytest.approx(expected.item())
+    assert losses["loss"].item() == pytest.approx((losses["denoise"] + 0.2 * expected).item())
+    losses["sync"].backward()
+    learns = {name.split(".")[0] for name, p in sit.named_parameters() if p.grad is not None}
+    assert learns == {"x_embedder", "t_embedder", "y_embedder", "mixer", "blocks"}
+
+
+@pytest.mark.parametrize("name", ["haste", "layersync"])
+def test_the_ema_keeps_no_activations_after_a_preview(name, monkeypatch, tmp_path):
+    kept, preview = [], maskalign.preview
+
+    def watched(run, sampler):
+        preview(run, sampler)
+        for network in (run.model, run.ema):
+            kept.append([hasattr(m, "kept") and m.kept is not None for m in network.modules()])
+
+    monkeypatch.setattr(maskalign, "preview", watched)
+    Fork(name).train(tmp_path, steps=1)
+    ours, emas = kept
+    assert sum(ours) == 2 and not any(emas)
+
+
+def test_tread_without_a_route_is_sit_and_what_skips_comes_out_as_it_went_in():
+    routed, config = small(tread, tread.Tread, **TREAD_ROUTE, mixer_depth=1)
+    sit = maskalign.SiT(config).eval()
+    sit.load_state_dict(routed.state_dict())
+    (x, y), t, seen = small_batch(), torch.rand(3), []
+    assert torch.equal(routed(x, t, y).v, sit(x, t, y).v)
+    for block in routed.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    ids = maskalign.sample_token_subset(3, 16, 0.5, seeded("cpu", "test"))
+    routed(x, t, y, ids_route=ids)
+    assert [h.shape[1] for h in seen] == [16, 8, 8, 16]
+    routed(x, t, y)
+    went_in, came_out = seen[5], seen[3]  # before block 2, where all take it; before block 4
+    skips = torch.ones(3, 16).scatter_(1, ids, 0.0).bool()
+    same = (went_in == came_out).all(-1)
+    assert torch.equal(same, skips)
+
+
+@pytest.mark.parametrize("align_depth, inside", [(1, False), (2, True), (3, True), (4, False)])
+def test_tread_predicts_all_patches_and_aligns_those_that_its_block_sees(align_depth, inside):
+    on = dict(class_token=True, align_coeff=0.5, align_depth=align_depth, **TREAD_ROUTE)
+    sit, config = small(tread, tread.Tread, **on)
+    (x, y), (z, drawn) = small_batch(), tokens_of(config)
+    shapes = []
+    sit.register_forward_hook(lambda module, args, out: shapes.append([h.shape[1] for h in out]))
+    losses = tread.training_losses(sit, x, y, z, config, **drawn)
+    assert shapes == [[16, 8, 9 if inside else 17]]  # v, v_cls (N, 8), z_pred with class token
+    skips = torch.ones(3, 17).scatter_(1, drawn["ids_keep"] + 1, 0.0).bool()
+    skips[:, 0] = False
+    z[skips] = torch.nan  # a target that only blocks outside the route meet
+    again = tread.training_losses(sit, x, y, z, config, **drawn)
+    assert again["align"].isnan() == (not inside)
+    assert again["cls"] == losses["cls"] and again["denoise"] == losses["denoise"]
+    x[1] += 1e3  # every patch counts: the loss of an image far away is that of all 16
+    far = tread.training_losses(sit, x, y, z, config, **drawn)["denoise"]
+    assert far.item() == pytest.approx(1e6 / 3, rel=0.05)
 
 
 # ---- Combinations, refusals, samples
@@ -727,6 +857,12 @@ def test_treads_images_equal_the_official_ones_that_no_route_made():
         ("haste", dict(attn_coeff=0.0)),
         ("sra", dict(mask_ratio=0.25, mixer_depth=1)),
         ("xar", dict(cells=3, mixer_depth=1)),
+        ("irepa", dict(mask_ratio=0.25, mixer_depth=1, class_token=True)),
+        ("irepa", dict(mask_ratio=0.25)),
+        ("layersync", dict(mask_ratio=0.25, mixer_depth=2)),
+        ("layersync", dict(class_token=True, align_coeff=0.5)),
+        ("tread", dict(class_token=True, align_coeff=0.5)),
+        ("tread", dict(mask_ratio=0.0, mixer_depth=1)),
     ],
     ids=str,
 )
@@ -750,6 +886,14 @@ def test_combinations_are_values(name, typed, tmp_path):
         (xar.Xar, dict(cells=1), "cells is 1: it must be above 1"),
         (xar.Xar, dict(mask_ratio=0.25), "mask_ratio is 0.25: it must be 0"),
         (xar.Xar, dict(class_token=True), "class_token is True: it must be 0"),
+        (irepa.Irepa, dict(align_coeff=0.0), "align_coeff is 0.0: it must be above 0"),
+        (irepa.Irepa, dict(gamma=-0.5), "gamma is -0.5: it must be 0 or above"),
+        (layersync.LayerSync, dict(late_depth=2), "late_depth is 2: .* above early_depth, 2, and"),
+        (layersync.LayerSync, dict(late_depth=7), "late_depth is 7: .* at most the depth, 6"),
+        (layersync.LayerSync, dict(sync_coeff=0.0), "sync_coeff is 0.0: it must be above 0"),
+        (tread.Tread, dict(last_routed=1), "last_routed is 1: .* first_routed, 2, or above"),
+        (tread.Tread, dict(last_routed=7), "last_routed is 7: .* at most the depth, 6"),
+        (tread.Tread, dict(first_routed=0), "first_routed is 0: it must be above 0"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused_with_a_reason(kind, typed, message):
@@ -759,12 +903,10 @@ def test_combinations_that_make_no_sense_are_refused_with_a_reason(kind, typed, 
 
 
 def test_the_sampling_command_of_its_docstring_draws_its_checkpoint(fork, tmp_path):
-    told = re.search(
-        rf"python (\S+\.py)( sample)? runs/{fork.name}-demo/latest.pt", fork.module.__doc__
-    )
-    script, own = told[1], [told[2].strip()] * bool(told[2])
+    told = rf"python (\S+\.py)( sample)? runs/{fork.name}-demo/latest.pt"
+    script, own = re.search(told, fork.module.__doc__).groups()
     argv = [fork.out / "latest.pt", "--steps=2", "--per_class=1", f"--out={tmp_path}/grid.png"]
-    status, shown, errors = Program(script, *own, *argv).end()
+    status, shown, errors = Program(script, *["sample"] * bool(own), *argv).end()
     assert status == 0 and "sampler ode" in shown and (tmp_path / "grid.png").exists(), errors
     if own:  # of a network that sample.py cannot draw
         status, _, errors = Program("sample.py", *argv).end()
