@@ -170,13 +170,22 @@ def test_it_is_at_most_130_lines_and_no_copy_of_maskalign(fork):
     assert not copied
 
 
+PAGE = Path(ROOT, "tests", "forks", "README.md").read_text()
+
+
 def test_the_page_on_forks_tells_its_length_and_the_functions_it_hands_over(fork):
-    rows = Path(fork.path.parent, "README.md").read_text().splitlines()
-    for row in [row for row in rows if row.startswith(f"| [`{fork.name}.py`]")]:
-        _, _, _, functions, lines, _ = row.split("|")
-        assert int(lines) == len(fork.path.read_text().splitlines())
-        handed = re.findall(r"(\w+)=\w+\b", fork.path.read_text().partition("def train(")[2])
-        assert re.findall(r"`(\w+)`", functions) == [name for name in handed if name != "signals"]
+    (row,) = re.findall(rf"^\| \[`{fork.name}.py`\].*", PAGE, re.M)
+    _, _, _, functions, lines, _ = row.split("|")
+    assert int(lines) == len(fork.path.read_text().splitlines())
+    train = fork.path.read_text().partition("def train(")[2].partition("\n\n\n")[0]
+    handed = re.findall(r"(\w+)=\w+", train)
+    assert re.findall(r"`(\w+)`", functions) == [name for name in handed if name != "signals"]
+
+
+def test_the_code_on_the_page_on_forks_stands_in_layersync():
+    shown = "".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)).splitlines()
+    lines = iter(Path(layersync.__file__).read_text().splitlines())
+    assert len(shown) > 20 and all(line in lines for line in shown)  # and in the same order
 
 
 def test_it_patches_nothing(fork):

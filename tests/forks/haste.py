@@ -55,9 +55,7 @@ def hook_attention(blocks: nn.ModuleList, numbers: list) -> list:
     network with fewer blocks gives its last."""
     layers = [blocks[:number][-1].attn for number in numbers]
     for attn in layers:
-        attn.qkv.train().register_forward_hook(
-            keep_output
-        )  # train(): the teacher keeps its own, too
+        attn.qkv.train().register_forward_hook(keep_output)  # train(): also in the teacher
     return layers
 
 
