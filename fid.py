@@ -128,8 +128,8 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
     # The published file is of a format without a checksum: only its name can tell.
     told = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if told and not digest.startswith(told[1]):
-        advice = f"its sha256 begins with {digest[:8]}, fetch it anew from {WEIGHTS_URL}"
-        raise BadInput(f"{path} is damaged, or not what its name says: {advice}")
+        told = f"not what its name says, as its sha256 begins with {digest[:8]}"
+        raise BadInput(f"{path} is damaged or {told}: fetch it anew from {WEIGHTS_URL}")
     with explained(f"{path} holds no FID Inception: pass {WEIGHTS_URL.rpartition('/')[2]}"):
         # A file may leave out the counts of batches, which nothing reads.
         unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
@@ -233,11 +233,13 @@ def open_images(path: str, rank: int = 0) -> Images:
 
 def open_folder(path: str, rank: int = 0) -> Images:
     """The Images of a folder, all of the first one's size. Raises BadInput."""
-    errors = []
-    tree = os.walk(path, onerror=errors.append, followlinks=True)  # as in training
-    found = [Path(folder, name) for folder, _, names in tree for name in names]
+    found, errors = [], []
+    for folder, inner, names in os.walk(path, onerror=errors.append):
+        found += [Path(folder, name) for name in names]
+        links = [name for name in inner if os.path.islink(os.path.join(folder, name))]
+        errors += [f"{name} in {folder} is a link to a folder" for name in links]
     if errors:
-        raise BadInput(f"{path} cannot be read as a whole: allow it, or name another ({errors[0]})")
+        raise BadInput(f"{path} cannot be read as a whole: mend it, or name another ({errors[0]})")
     files = [file for file in found if file.suffix.lower() in ma.IMAGE_SUFFIXES]
     if not files:
         raise BadInput(f"{path} holds no images: name a folder of {', '.join(ma.IMAGE_SUFFIXES)}")
@@ -298,7 +300,7 @@ def open_array(archive: zipfile.ZipFile, name: str = "arr_0.npy") -> tuple:
 
 
 def read_batches(images: Images, first: int, last: int, batch_size: int):
-    """Yields images first..last - 1 as uint8 (n, H, W, 3); holds one batch at a time."""
+    """Yields images first..last - 1 as uint8 (n, H, W, 3); holds one batch. Raises BadInput."""
     ranges = [(i, min(i + batch_size, last)) for i in range(first, last, batch_size)]
     if torch.is_tensor(images.source):
         for start, end in ranges:
@@ -309,20 +311,15 @@ def read_batches(images: Images, first: int, last: int, batch_size: int):
                 arrays = list(pool.map(read_image, images.source[start:end]))
                 yield torch.from_numpy(np.stack(arrays))
     else:
-        yield from read_npz(images, first, ranges)
-
-
-def read_npz(images: Images, first: int, ranges: list):
-    """As read_batches, from an npz that must not enter memory as a whole. Raises BadInput."""
-    image_bytes = 3 * math.prod(images.size)
-    sentence = f"{images.name} is damaged: write it anew"
-    with explained(sentence), zipfile.ZipFile(images.source) as archive:
-        stream, *_ = open_array(archive)
-        stream.seek(first * image_bytes, os.SEEK_CUR)
-        for start, end in ranges:
-            pixels = bytearray(stream.read((end - start) * image_bytes))
-            batch = torch.frombuffer(pixels, dtype=torch.uint8)
-            yield batch.view(end - start, *images.size, 3)
+        image_bytes = 3 * math.prod(images.size)
+        sentence = f"{images.name} is damaged: write it anew"
+        with explained(sentence), zipfile.ZipFile(images.source) as archive:
+            stream, *_ = open_array(archive)
+            stream.seek(first * image_bytes, os.SEEK_CUR)
+            for start, end in ranges:
+                pixels = bytearray(stream.read((end - start) * image_bytes))
+                batch = torch.frombuffer(pixels, dtype=torch.uint8)
+                yield batch.view(end - start, *images.size, 3)
 
 
 def sha256(parts: list) -> str:
@@ -487,12 +484,11 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
         raise BadInput("--ref is missing: name one, or --save_stats to measure the samples alone")
     alone = not args.weights or args.features != "demo"
     ma.require(args, "weights", alone, "left out, as the demo trains its teacher itself")
-    taken = [os.path.realpath(name) for name in (args.samples, args.ref or "", path)]
     for name, ending in (("save_stats", ".npz"), ("json", ".json")):
-        file = Path(getattr(args, name) or ending)
-        fits = file.parent.is_dir() and not file.is_dir() and os.path.realpath(file) not in taken
-        fits = getattr(args, name) is None or fits and file.suffix == ending
-        ma.require(args, name, fits, f"a new file that ends with {ending}, in a folder that exists")
+        file = Path(getattr(args, name) or "")
+        fits = file.suffix == ending and file.parent.is_dir() and not file.exists()
+        rule = f"a new file that ends with {ending}, in a folder that exists"
+        ma.require(args, name, getattr(args, name) is None or fits, rule)
     ma.require(args, "batch_size", args.batch_size > 0, "above 0")
     return args
 

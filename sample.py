@@ -515,7 +515,7 @@ def parse_args(argv: list | None = None, samplers: dict = SAMPLERS) -> argparse.
     fits = 0 <= args.guidance_low <= args.guidance_high <= 1
     require(args, "guidance_low", fits, "at most guidance_high, both between 0 and 1")
     ending = ".npz" if args.num else ".png"
-    fits = args.out is None or args.out.endswith(ending)
+    fits = args.out is None or Path(args.out).suffix == ending
     require(args, "out", fits, f"a name that ends with {ending}")
     require(args, "cfg_scale", 1 <= args.cfg_scale < math.inf, "1 (no guidance) or above")
     scale = args.cls_cfg_scale or 0.0

@@ -405,7 +405,9 @@ def test_a_damaged_copy_of_the_published_file_is_refused_by_its_name(tmp_path):
     assert fid.load_inception(str(named))[1] == digest
     whole[-1] ^= 1  # of a number
     named.write_bytes(whole)
-    with pytest.raises(BadInput, match=f"{digest[:8]}.pth is damaged, .*: its sha256 begins with"):
+    with pytest.raises(
+        BadInput, match=f"{digest[:8]}.pth is damaged or .*sha256 begins with .*: fetch it"
+    ):
         fid.load_inception(str(named))
 
 
@@ -537,10 +539,14 @@ def test_an_array_that_promises_more_than_its_file_holds_is_refused_unread(shape
 def test_nothing_keeps_it_waiting_and_no_part_of_a_folder_is_passed_over(tmp_path, monkeypatch):
     for i in range(4):
         png(tmp_path / f"x/sub/{i}.png")
-    png(tmp_path / "elsewhere/\u00b23.png")  # a digit, but no number
-    (tmp_path / "x/link").symlink_to(tmp_path / "elsewhere")
+    png(tmp_path / "x/\u00b23.png")  # a digit, but no number
+    (tmp_path / "x/4.png").symlink_to(tmp_path / "x/sub/0.png")
     folder = str(tmp_path / "x")
-    assert fid.open_images(folder).count == 5
+    assert fid.open_images(folder).count == 6
+    (tmp_path / "x/link").symlink_to(tmp_path)  # followed, it would never end
+    with pytest.raises(BadInput, match="x cannot be read as a whole: .*link in .* is a link to a"):
+        fid.open_images(folder)
+    os.unlink(tmp_path / "x/link")
     for name, make in (("a.png", os.mkfifo), ("b.png", lambda path: os.symlink("/dev/zero", path))):
         make(tmp_path / "x" / name)
         with pytest.raises(BadInput, match=f"{name} is no readable image: .*no regular file"):
@@ -621,13 +627,20 @@ def test_offline_without_weights_the_way_out_is_named(tmp_path, monkeypatch):
         (["x.npz", "--save_stats=x.npz"], "save_stats is x.npz: it must be a new file"),
         (["x.npz", "--save_stats=./x.npz"], "save_stats is ./x.npz: it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=x.json"], "json is x.json: it must be a new file"),
-        (["x.npz", "--ref=y.npz", "--json=y.npz"], "json is y.npz: .* that ends with .json"),
+        (
+            ["x.npz", "--ref=y.npz", "--json=y.npz"],
+            "json is y.npz: it must be a new file that ends with .json",
+        ),
         (["x.npz", "--ref=y.npz", "--json="], "json is : it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=no/x.json"], "json .* in a folder that exists"),
         (["x.npz", "--ref=y.npz", "--batch_size=0"], "batch_size is 0: it must be above 0"),
     ],
 )
-def test_bad_flags_are_one_sentence(argv, message):
+def test_bad_flags_are_one_sentence(argv, message, tmp_path, monkeypatch):
+    """In a folder where x.npz and x.json are there: nothing is replaced."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.npz", "x.json"):
+        Path(name).write_text("{}")
     with pytest.raises(BadInput, match=message):
         fid.parse_args(argv)
 

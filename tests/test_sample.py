@@ -550,6 +550,7 @@ def test_weights_that_are_not_finite_are_not_sampled(value, checkpoint, tmp_path
         (["--num=8", "--png=x", "--out=x.npz"], "out is x.npz: it must be used without --png"),
         (["--trajectory", "--per_class=3"], "per_class is 3: it must be used for grids alone"),
         (["--labels=balanced"], "labels is balanced: it must be used with --num_images"),
+        (["--out=.png"], "out is .png: it must be a name that ends with .png"),
         (["--out="], "out is : it must be a name that ends with .png"),
     ],
 )
