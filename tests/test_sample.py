@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_bytes_do_not_depend_on_the_batch_size(checkpoint, tmp_path, sampler):
     options = ["--num=21", f"--sampler={sampler}", "--cfg_scale=2"]
     files = [
         run(checkpoint, *options, f"--batch_size={size}", f"--out={tmp_path}/{size}.npz")
-        for size in (1, 8, 16, 64)
+        for size in (1, 64)
     ]
     first, *others = map(images_of, files)
     assert first.shape == (21, 24, 24, 3) and first.dtype == np.uint8 and len(np.unique(first)) > 50
@@ -140,31 +141,35 @@ def test_a_killed_run_goes_on_without_doing_finished_shards_again(
     assert calls == [0, 8, 8, 16] and not (tmp_path / "cut.npz.parts").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory):
+    """The images of a run that nothing disturbed."""
+    return images_of(run(checkpoint, "--num=32", f"--out={tmp_path_factory.mktemp('x')}/x.npz"))
+
+
 @pytest.mark.parametrize("target", ["--out=x.npz", "--png=x"])
 @pytest.mark.parametrize("damaged", ["000001.raw", "protocol.json"])
 @pytest.mark.parametrize("left", [0, 40], ids=["empty", "truncated"])
-def test_what_was_cut_short_is_done_again(target, damaged, left, checkpoint, tmp_path, monkeypatch):
+def test_what_was_cut_short_is_done_again(
+    target, damaged, left, checkpoint, whole, tmp_path, monkeypatch
+):
     """The mark of a shard of PNG files is empty when it is whole."""
-    monkeypatch.setattr(sample, "SHARD", 8)
+    monkeypatch.setattr(sample, "SHARD", 16)
     monkeypatch.chdir(tmp_path)
-    argv, done = ("--num=24", target), []
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "finish", lambda *args: None)
-        work = run(checkpoint, *argv)
-    work = tmp_path / (work if target == "--png=x" else "x.npz.parts")
-    whole = (work / damaged).read_bytes()
-    (work / damaged).write_bytes(whole[:left] if whole else bytes(left))
-    draw = sample.in_batches
+        patch.setattr(sample, "finish", lambda *args: None)  # as a kill before it
+        run(checkpoint, "--num=32", target)
+    file = Path("x" if target == "--png=x" else "x.npz.parts", damaged)
+    content = file.read_bytes()
+    file.write_bytes(content[:left] if content else bytes(left))
+    done, draw = [], sample.in_batches
     monkeypatch.setattr(sample, "in_batches", lambda *a: done.append(a[1]) or draw(*a))
-    path = run(checkpoint, *argv)
-    redone = [8] if damaged == "000001.raw" else [0, 8, 16]
-    assert done == ([] if whole == bytes(left) else redone)
+    path = run(checkpoint, "--num=32", target)
+    redone = [16] if damaged == "000001.raw" else [0, 16]
+    assert done == ([] if content == bytes(left) else redone)
     assert not [*tmp_path.glob("*.parts"), *tmp_path.glob("x/*.raw")]
-    monkeypatch.undo()
-    other = run(checkpoint, "--num=24", f"--out={tmp_path}/other.npz")
-    files = sorted((tmp_path / path).glob("*.png"))
-    found = [np.array(Image.open(f)) for f in files] or images_of(tmp_path / path)
-    assert np.array_equal(found, images_of(other))
+    found = [np.array(Image.open(f)) for f in sorted(path.glob("*.png"))] or images_of(path)
+    assert np.array_equal(found, whole)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +447,10 @@ def test_a_fork_draws_with_its_own_config_network_and_sampler(tmp_path, monkeypa
 
 def test_published_sizes_are_recognised_by_their_shapes(tmp_path):
     config = make_config(data="x", size="SiT-S/2", method="maskalign", num_classes=10)
-    torch.save(build_model(config).state_dict(), tmp_path / "bare.pt")
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in build_model(config).state_dict().items()}
+    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}  # a small file
+    torch.save(state, tmp_path / "bare.pt")
     _, found = sample.load_checkpoint(tmp_path / "bare.pt")
     same = (
         "hidden_size",
