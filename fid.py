@@ -43,6 +43,9 @@ WEIGHTS_URL = (  # the name ends as its sha256 begins
     "pt_inception-2015-12-05-6726825d.pth"
 )
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's names; _s: spatial, for sFID
+# Pillow knows more, and starts programs for some of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
+LARGEST = 4096  # pixels a side, so that a batch fits into memory
 
 
 # ---- 1. The FID Inception: the network behind every published FID --------------------------------
@@ -109,8 +112,9 @@ def find_inception(path: str = "") -> Path:
     cached = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2])
     if path or cached.exists():
         return Path(path or cached)
-    advice = "run once with internet, or fetch it elsewhere and pass --weights FILE"
-    with explained(f"cannot download {WEIGHTS_URL}: {advice}"):
+    with explained(
+        f"cannot download {WEIGHTS_URL}: run once with internet, or pass --weights FILE"
+    ):
         urllib.request.urlopen(WEIGHTS_URL, timeout=10).close()  # offline: known quickly
         torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
     return cached
@@ -124,8 +128,8 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
     # The published file is of a format without a checksum: only its name can tell.
     told = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if told and not digest.startswith(told[1]):
-        advice = f"its sha256 begins with {digest[:8]}, fetch it anew from {WEIGHTS_URL}"
-        raise BadInput(f"{path} is damaged, or not what its name says: {advice}")
+        told = f"not what its name says, as its sha256 begins with {digest[:8]}"
+        raise BadInput(f"{path} is damaged or {told}: fetch it anew from {WEIGHTS_URL}")
     with explained(f"{path} holds no FID Inception: pass {WEIGHTS_URL.rpartition('/')[2]}"):
         # A file may leave out the counts of batches, which nothing reads.
         unread = {key: value for key, value in net.state_dict().items() if "num_batches" in key}
@@ -161,13 +165,8 @@ def covariance_factor(sigma: Tensor) -> Tensor:
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), of (D,) and (D, D).
-    The last trace is the sum of the singular values of F1^T F2: see covariance_factor.
-    Raises BadInput for other shapes, and for numbers that are not finite."""
+    The last trace is the sum of the singular values of F1^T F2: see covariance_factor."""
     given = [torch.as_tensor(x).double().cpu() for x in (mu1, sigma1, mu2, sigma2)]
-    shapes, d = [tuple(x.shape) for x in given], len(given[0])
-    if shapes != 2 * [(d,), (d, d)] or not all(x.isfinite().all() for x in given):
-        advice = "measure both sets anew, with the same --features"
-        raise BadInput(f"statistics of shapes {shapes} do not compare, or are not finite: {advice}")
     mu1, sigma1, mu2, sigma2 = given
     cross = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
@@ -204,11 +203,7 @@ def precision_recall(ref: Tensor, sample: Tensor, k: int = 3) -> tuple[float, fl
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (R, D) and (N, D).
     Around every point lies a ball that reaches to its k-th nearest neighbour in its own set.
     Precision is the share of the sample inside balls of the reference, recall the converse.
-    Exact. Raises BadInput for k images or fewer."""
-    fewest = min(len(ref), len(sample))
-    if fewest <= k:
-        purpose = f"precision and recall with k = {k}: bring at least {k + 1}"
-        raise BadInput(f"{fewest} images are too few for {purpose}")
+    Exact. Both sets must have more than k points."""
     ref, sample = ref.double(), sample.double()
     ref_radii, sample_radii = squared_radii(ref, k), squared_radii(sample, k)
     hits, recalled = 0, torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
@@ -227,17 +222,24 @@ Images = namedtuple("Images", "name source count size")
 
 def open_images(path: str, rank: int = 0) -> Images:
     """The Images of a folder, at any depth and in natural order, or of an npz. Looks at headers
-    alone. Raises BadInput for what is not uint8 RGB, and for fewer than 4 images."""
-    images = open_folder(path, rank) if Path(path).is_dir() else open_npz(path)
-    if images.size and images.count < 4:
-        reason = "precision and recall, with k = 3 neighbours, need at least 4"
-        raise BadInput(f"{path} holds {images.count} images: {reason}")
+    alone. Raises BadInput for what is not uint8 RGB, and for too few or too large images."""
+    images = open_folder(path, rank) if os.path.isdir(path) else open_npz(path)
+    if images.size and (images.count < 4 or max(images.size) > LARGEST):
+        found = f"{images.count} images of {images.size[1]} x {images.size[0]} pixels"
+        rule = f"at least 4 (k is 3, of precision and recall), at most {LARGEST} pixels a side"
+        raise BadInput(f"{path} holds {found}: bring {rule}")
     return images
 
 
 def open_folder(path: str, rank: int = 0) -> Images:
     """The Images of a folder, all of the first one's size. Raises BadInput."""
-    found = [file for file in Path(path).rglob("*") if not file.is_dir()]
+    found, errors = [], []
+    for folder, inner, names in os.walk(path, onerror=errors.append):
+        found += [Path(folder, name) for name in names]
+        links = [name for name in inner if os.path.islink(os.path.join(folder, name))]
+        errors += [f"{name} in {folder} is a link to a folder" for name in links]
+    if errors:
+        raise BadInput(f"{path} cannot be read as a whole: mend it, or name another ({errors[0]})")
     files = [file for file in found if file.suffix.lower() in ma.IMAGE_SUFFIXES]
     if not files:
         raise BadInput(f"{path} holds no images: name a folder of {', '.join(ma.IMAGE_SUFFIXES)}")
@@ -253,9 +255,12 @@ def open_folder(path: str, rank: int = 0) -> Images:
 
 def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np.ndarray | None:
     """An image file -> uint8 (H, W, 3), or only its check. Raises BadInput, naming the file."""
-    with explained(f"{file} is no readable image: mend or remove it"), Image.open(file) as image:
-        mode, found = image.mode, (image.height, image.width)
-        pixels = np.array(image) if decode else None
+    with explained(f"{file} is no readable image: mend or remove it"):
+        if not file.is_file():  # a pipe would keep us waiting
+            raise ValueError("no regular file")
+        with Image.open(file, formats=FORMATS) as image:
+            mode, found = image.mode, (image.height, image.width)
+            pixels = np.array(image) if decode else None
     if mode != "RGB" or size not in (None, found):
         rule = f"RGB of {size[1]} x {size[0]} pixels, as the first" if size else "RGB"
         found = f"{mode}, {found[1]} x {found[0]} pixels"
@@ -265,28 +270,37 @@ def read_image(file: Path, size: tuple | None = None, decode: bool = True) -> np
 
 def open_npz(path: str) -> Images:
     """The Images of an npz, or what has count 0 where it holds none. Raises BadInput."""
-    sentence = f"{path} is neither a folder nor a readable npz"
-    with explained(sentence), zipfile.ZipFile(path) as archive:
-        if "arr_0.npy" not in archive.namelist():
-            return Images(path, path, 0, None)
-        _, shape, fortran_order, dtype = open_array(archive)
-    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
+    with explained(f"{path!r} is neither a folder nor a readable npz"):
+        if not os.path.isfile(path):
+            raise ValueError("No such file")
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            headers = {name: open_array(archive, name)[1:] for name in names}
+    if "arr_0.npy" not in headers:
+        return Images(path, path, 0, None)
+    shape, fortran_order, dtype = headers["arr_0.npy"]
+    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
         rule = "RGB images from 0 to 255, uint8 (N, H, W, 3) in C order"
         raise BadInput(f"{path} holds arr_0 of {dtype} {shape}: it must be {rule}")
     return Images(path, path, shape[0], shape[1:3])
 
 
-def open_array(archive: zipfile.ZipFile) -> tuple:
-    """(stream at the first pixel, shape, fortran_order, dtype) of arr_0 in an npz: unlike np.load
-    it needs no memory for the array, and never unpickles."""
-    stream = archive.open("arr_0.npy")
+def open_array(archive: zipfile.ZipFile, name: str = "arr_0.npy") -> tuple:
+    """(stream at the first value, shape, fortran_order, dtype) of an array in an npz: unlike
+    np.load it needs no memory for the array, and never unpickles. Raises any error."""
+    stream = archive.open(name)
     version, _ = np.lib.format.read_magic(stream)
     header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    return stream, *header[version](stream)
+    shape, fortran_order, dtype = header[version](stream)
+    held = archive.getinfo(name).file_size - stream.tell()
+    promised = math.prod(shape) * dtype.itemsize if min(shape, default=0) >= 0 else -1
+    if promised != held and not dtype.hasobject:
+        raise ValueError(f"{name} should hold {promised} bytes and holds {held}")
+    return stream, shape, fortran_order, dtype
 
 
 def read_batches(images: Images, first: int, last: int, batch_size: int):
-    """Yields images first..last - 1 as uint8 (n, H, W, 3); holds one batch at a time."""
+    """Yields images first..last - 1 as uint8 (n, H, W, 3); holds one batch. Raises BadInput."""
     ranges = [(i, min(i + batch_size, last)) for i in range(first, last, batch_size)]
     if torch.is_tensor(images.source):
         for start, end in ranges:
@@ -297,20 +311,15 @@ def read_batches(images: Images, first: int, last: int, batch_size: int):
                 arrays = list(pool.map(read_image, images.source[start:end]))
                 yield torch.from_numpy(np.stack(arrays))
     else:
-        yield from read_npz(images, first, ranges)
-
-
-def read_npz(images: Images, first: int, ranges: list):
-    """As read_batches, from an npz that must not enter memory as a whole. Raises BadInput."""
-    image_bytes = 3 * math.prod(images.size)
-    sentence = f"{images.name} is damaged: write it anew"
-    with explained(sentence), zipfile.ZipFile(images.source) as archive:
-        stream, *_ = open_array(archive)
-        stream.seek(first * image_bytes, os.SEEK_CUR)
-        for start, end in ranges:
-            pixels = bytearray(stream.read((end - start) * image_bytes))
-            batch = torch.frombuffer(pixels, dtype=torch.uint8)
-            yield batch.view(end - start, *images.size, 3)
+        image_bytes = 3 * math.prod(images.size)
+        sentence = f"{images.name} is damaged: write it anew"
+        with explained(sentence), zipfile.ZipFile(images.source) as archive:
+            stream, *_ = open_array(archive)
+            stream.seek(first * image_bytes, os.SEEK_CUR)
+            for start, end in ranges:
+                pixels = bytearray(stream.read((end - start) * image_bytes))
+                batch = torch.frombuffer(pixels, dtype=torch.uint8)
+                yield batch.view(end - start, *images.size, 3)
 
 
 def sha256(parts: list) -> str:
@@ -339,7 +348,9 @@ def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.M
         net = ma.build_teacher(ma.make_config(), ma.demo_shapes(ma.DEMO["image_size"]), "cpu", rank)
         resize = "none, bfloat16 on GPU"
     digest = digest or sha256(list(net.state_dict().values()))
-    return net.to(device).eval(), dict(features=name, weights=digest, resize=resize)
+    return net.to(device).eval().requires_grad_(False), dict(
+        features=name, weights=digest, resize=resize
+    )
 
 
 def extract(net: nn.Module, images: Tensor) -> tuple:
@@ -391,26 +402,41 @@ def measure(
     return dict(zip(STATISTICS, moments, strict=False), features=features)
 
 
-def stored_statistics(images: Images, about: dict) -> dict:
+def stored_statistics(images: Images, about: dict, widths: list) -> dict:
     """What an npz of ADM's or of --save_stats already knows: some of the keys of `measure`.
-    Raises BadInput where neither these nor images serve --features."""
+    Raises BadInput where neither these nor images serve --features, of such widths."""
     path = images.name
-    if not path.endswith(".npz"):
+    if not isinstance(images.source, str):
         return {}
     with explained(f"{path} holds no arrays of numbers"), np.load(path) as file:  # never unpickles
-        made = json.loads(str(file["protocol"])) if "protocol" in file else {}
+        made = dict(json.loads(str(file["protocol"]))) if "protocol" in file else {}
         keys = [key for key in (*STATISTICS, "features") if key in file]
         known = {key: torch.from_numpy(file[key]) for key in keys}
     if not images.count and "mu" not in known:
         raise BadInput(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
     made = made or {**about, "features": "inception"}  # ADM's files do not tell of what they are
     if all(made.get(key) == about[key] for key in about):
+        with explained(f"{path} holds statistics that are damaged: measure that set anew"):
+            check_statistics(known, widths)
         return known
     if not images.count:
-        theirs = f"{made.get('features')} {made.get('weights')}"
-        ours = f"{about['features']} {about['weights']}"
-        raise BadInput(f"{path} holds statistics of {theirs}, not of {ours}: measure that set anew")
+        theirs = f"{made.get('features')} {made.get('weights')}, not {about['weights']}"
+        raise BadInput(f"{path} holds statistics of {theirs}: measure that set anew")
     return {}
+
+
+def check_statistics(known: dict, widths: list) -> None:
+    """Raises an error for what `measure` cannot give with features of such widths."""
+    shapes = {}
+    for mu, sigma, d in zip(STATISTICS[::2], STATISTICS[1::2], widths, strict=False):
+        if mu in known or sigma in known:
+            shapes |= {mu: (d,), sigma: (d, d)}
+    if "features" in known:
+        shapes["features"] = (max(4, len(known["features"])), widths[0])  # k = 3 needs 4
+    for key, shape in shapes.items():
+        x = known[key]
+        if x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
+            raise ValueError(f"{key} is {x.dtype} {tuple(x.shape)}, for {shape}, or not finite")
 
 
 @torch.no_grad()
@@ -438,41 +464,39 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("samples", help="npz with arr_0, uint8 (N, H, W, 3), or folder of RGB images")
-    add("--ref", default="", help="the same, or an npz of statistics [demo: its drawn shapes]")
+    add("--ref", help="the same, or an npz of statistics [demo: its drawn shapes]")
     features = dict(choices=["inception", "dinov2", "demo"], default="inception")
     add("--features", **features, help="whose features are compared [inception]")
     add("--weights", default="", metavar="FILE", help="of that network [downloaded once]")
     note = "write the statistics of --ref (without one: of the samples) to an npz, a later --ref"
-    add("--save_stats", default="", metavar="FILE", help=note)
-    add("--json", default="", metavar="FILE", help="write numbers and protocol there, too")
+    add("--save_stats", metavar="FILE", help=note)
+    add("--json", metavar="FILE", help="write numbers and protocol there, too")
     add("--batch_size", type=int, default=64, help="images at a time per process [64]")
     args = parser.parse_args(argv)
 
     # sample.py leaves its settings beside its npz or PNG files.
-    path = Path(args.samples)
-    path = path / "samples.json" if path.is_dir() else path.with_suffix(".json")
-    with explained(f"{path} beside the samples is no JSON: remove it"):
-        args.settings = json.loads(path.read_text()) if path.exists() else None
+    base = f"{args.samples}/samples" if os.path.isdir(args.samples) else args.samples
+    path = Path(f"{base.removesuffix('.npz')}.json")
+    with explained(f"{path} beside the samples is no JSON: move it"):
+        args.settings = json.loads(path.read_text()) if path.is_file() else None
 
-    if not (args.ref or args.save_stats or args.features == "demo"):
+    if args.ref is None and not args.save_stats and args.features != "demo":
         raise BadInput("--ref is missing: name one, or --save_stats to measure the samples alone")
     alone = not args.weights or args.features != "demo"
     ma.require(args, "weights", alone, "left out, as the demo trains its teacher itself")
-    for name in ("save_stats", "json"):
-        written = getattr(args, name)
-        fits = written not in (args.samples, args.ref, str(path))
-        fits = not written or fits and Path(written).parent.is_dir()
-        ma.require(args, name, fits, "a new file in a folder that exists")
-    fits = not args.save_stats or args.save_stats.endswith(".npz")
-    ma.require(args, "save_stats", fits, "a new file that ends with .npz")
+    for name, ending in (("save_stats", ".npz"), ("json", ".json")):
+        file = Path(getattr(args, name) or "")
+        fits = file.suffix == ending and file.parent.is_dir() and not file.exists()
+        rule = f"a new file that ends with {ending}, in a folder that exists"
+        ma.require(args, name, getattr(args, name) is None or fits, rule)
     ma.require(args, "batch_size", args.batch_size > 0, "above 0")
     return args
 
 
 def open_sets(args: argparse.Namespace, rank: int) -> list:
     """Images of the samples, then of the reference if there is one. Raises BadInput."""
-    sets = [open_images(path, rank) for path in (args.samples, args.ref) if path]
-    if args.features == "demo" and not args.ref:
+    sets = [open_images(path, rank) for path in (args.samples, args.ref) if path is not None]
+    if args.features == "demo" and args.ref is None:
         shapes = ma.demo_shapes(ma.DEMO["image_size"]).tensors[0].permute(0, 2, 3, 1)
         sets.append(Images("drawn shapes", shapes, len(shapes), tuple(shapes.shape[1:3])))
     samples, other = sets[0], sets[-1]
@@ -511,7 +535,8 @@ def run(args: argparse.Namespace) -> dict | None:
     # Whatever can be refused is looked at before the long work.
     sets = open_sets(args, rank)
     net, about = build_features(args.features, args.weights, device, rank)
-    known = [stored_statistics(images, about) for images in sets]
+    widths = [x.shape[1] for x in extract(net, torch.zeros(1, 3, 8, 8, device=device))]
+    known = [stored_statistics(images, about, widths) for images in sets]
     if not sets[0].count and "features" not in known[0]:
         raise BadInput(f"{args.samples} holds statistics, but no images (arr_0) to judge")
 
@@ -541,16 +566,14 @@ def run(args: argparse.Namespace) -> dict | None:
     )
     print("protocol:", ", ".join(f"{key} {value}" for key, value in protocol.items()))
     warn(n, dim, about)
-    if args.save_stats:
-        arrays = {key: x.cpu().numpy() for key, x in stats[-1].items()}
-        np.savez(args.save_stats, protocol=json.dumps(protocol), **arrays)
-    if len(stats) == 1:
-        return None
-    numbers = compare(*stats, net)
+    numbers = compare(*stats, net) if len(stats) == 2 else {}
     tell(numbers, args.features)
     result = dict(numbers, n=n, protocol=protocol)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
+    if args.save_stats:
+        arrays = {key: x.cpu().numpy() for key, x in stats[-1].items()}
+        np.savez(args.save_stats, protocol=json.dumps(protocol), **arrays)
     return result
 
 

@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 import zipfile
@@ -38,31 +37,19 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm import tqdm
 
-from maskalign import (
-    BadInput,
-    Config,
-    build_model,
-    build_vae,
-    decode_latents,
-    read_weights,
-    require,
-    seeded,
-    setup_distributed,
-    velocities,
-)
+import maskalign as ma
+from maskalign import BadInput, Config, build_model, decode_latents, explained, require, seeded
+
 
 # ---- 1. The samplers of the papers: from t = 1 (noise) to t = 0 (data), with every token ---------
-
-
 def guided_velocities(model, state: list, t: float, y: Tensor, scales: list, dtype) -> list:
     """Velocities of state = [x] or [x, cls] at time t, guided by scales = [that of x, that of cls].
-
     x is guided where its scale is above 1, and only then the class token, where its own is above 0
     (as REG, whose scale 0 leaves it conditional); else only labels y are asked, in one call."""
-    v = velocities(model, state, t, y, dtype)
+    v = ma.velocities(model, state, t, y, dtype)
     if scales[0] <= 1:
         return v
-    v_null = velocities(model, state, t, torch.full_like(y, model.num_classes), dtype)
+    v_null = ma.velocities(model, state, t, torch.full_like(y, model.num_classes), dtype)
     pairs = zip(v, v_null, scales, strict=False)  # without a class token one scale is left over
     return [null + w * (label - null) if w > 0 else label for label, null, w in pairs]
 
@@ -114,11 +101,7 @@ def euler_maruyama(
 
 # maskalign.euler_ode with the flags of the papers; a test proves them equal.
 euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
-SAMPLERS = {
-    "sde": euler_maruyama,
-    "ode": euler_ode,
-    "heun": functools.partial(euler_ode, heun=True),
-}
+SAMPLERS = dict(sde=euler_maruyama, ode=euler_ode, heun=functools.partial(euler_ode, heun=True))
 
 
 # ---- 2. Checkpoints: ours, and the published ones of SiT, REPA and REG ---------------------------
@@ -126,38 +109,54 @@ def load_checkpoint(
     path: str, raw: bool = False, num_heads: int = 0, kind=Config, build_model=build_model
 ) -> tuple[nn.Module, Config]:
     """The network of a checkpoint, in eval mode, and its config.
-
     raw: the trained weights in place of their average (EMA). num_heads is only needed for a
     published file of none of our SIZES: shapes do not tell it. kind, build_model: a fork's own.
-    Raises BadInput for other files (but a DiT has the same shapes as the original SiT, and a fork
+    Raises BadInput for others (but a DiT has the same shapes as the original SiT, and a fork
     may have those of ours: without its keywords they would load and give noise)."""
     # REPA's and REG's files carry their command line as argparse.Namespace, a plain container.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        saved = read_weights(str(path))
+        saved = ma.read_weights(str(path))
     name = "model" if raw else "ema"
     wrapped = isinstance(saved, dict) and not {"ema", "model"}.isdisjoint(saved)
     state = saved.get(name) if wrapped else saved
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise BadInput(f"{path} holds no state dict{f' called {name}' if wrapped else ''}")
-    state = from_official(state)
-    if wrapped and isinstance(saved.get("config"), dict):
-        known = {field.name for field in dataclasses.fields(kind)}  # a fork's file may have more
-        config = kind(**{key: saved["config"][key] for key in known & saved["config"].keys()})
-    else:
-        state, config = from_published(state, path, num_heads, kind)
+    with explained(f"{path} holds no SiT that fits: name another, or use the command of its fork"):
+        state = from_official(state)
+        if wrapped and "config" in saved:
+            config = read_config(saved["config"], kind)
+        else:
+            state, config = from_published(state, path, num_heads, kind)
 
-    # Sampling needs no projector: one that is not of this network, as a fork's, is left out.
-    model = build_model(config)
-    if projector_shapes(state) != projector_shapes(model.state_dict()):
-        state = {key: value for key, value in state.items() if not key.startswith("projectors.")}
-        config = dataclasses.replace(config, align_coeff=0.0)
+        # Sampling needs no projector: one that is not of this network, as a fork's, is left out.
         model = build_model(config)
-    try:
+        if projector_shapes(state) != projector_shapes(model.state_dict()):
+            for key in projector_shapes(state):
+                del state[key]
+            config = dataclasses.replace(config, align_coeff=0.0)
+            model = build_model(config)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:150]
-        raise BadInput(f"{path} does not fit the network it describes: {first}") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise BadInput(f"{path} holds weights that are not finite: name an earlier checkpoint")
     return model.eval().requires_grad_(False), config
+
+
+def read_config(saved: dict, kind: type) -> Config:
+    """The config in a checkpoint of ours, checked as what is typed. A fork's file may have more."""
+    known = {field.name for field in dataclasses.fields(kind)} & saved.keys()
+    known = {name: saved[name] for name in known}
+    # The rows, maybe those of a fork, are mere names here: all that they set is in the file.
+    rows = dict(method=kind.method, size=next(iter(kind.sizes)))
+    config = ma.make_config(kind, **(known | rows))
+    config = dataclasses.replace(config, method=known["method"], size=known["size"])
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if not isinstance(value, (int, float) if field.type is float else field.type):
+            raise TypeError(f"{field.name} is {value!r}")
+    names = config.class_names
+    if len(names) not in (0, config.num_classes) or {*map(type, names)} - {str}:
+        raise ValueError(f"class_names are {names}")
+    return config
 
 
 def projector_shapes(state: dict) -> dict:
@@ -177,22 +176,17 @@ def from_official(state_dict: dict) -> dict:
 
 def from_published(state: dict, path: str, num_heads: int, kind: type) -> tuple[dict, Config]:
     """A published state dict -> (weights in our convention, config read off the shapes)."""
-    try:
-        state = merge_halves(state)
-        dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        table = state["y_embedder.embedding_table.weight"]
-        class_token = "cls_norm.weight" in state
-        tokens = state["pos_embed"].shape[1] - class_token
-        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        mixers = {key.split(".")[1] for key in state if key.startswith("mixer.")}
-        out_dim = len(state["final_layer.linear.weight"])
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise BadInput(f"{path} holds no checkpoint of SiT, REPA or REG ({error})") from error
+    state = merge_halves(state)
+    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    class_token = "cls_norm.weight" in state
+    tokens = state["pos_embed"].shape[1] - class_token
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    mixers = {key.split(".")[1] for key in state if key.startswith("mixer.")}
+    out_dim = len(state["final_layer.linear.weight"])
     rows = {(row["hidden_size"], row["depth"]): row for row in kind.sizes.values()}
     row = rows.get((dim, depth), {})
     if not (num_heads or row):
-        found = f"{path} has width {dim} and depth {depth}, none of our sizes"
-        raise BadInput(f"{found}: use load_checkpoint(..., num_heads=N)")
+        raise ValueError(f"width {dim}, depth {depth}: use load_checkpoint(..., num_heads=N)")
     projector = "projectors.0.4.weight" in state
     last = "projectors.0.4.weight" if projector else "final_layer.cls_head.weight"
     config = kind(
@@ -204,7 +198,7 @@ def from_published(state: dict, path: str, num_heads: int, kind: type) -> tuple[
         patch_size=patch,
         mixer_depth=len(mixers),
         class_token=class_token,
-        num_classes=len(table) - 1,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
         z_dim=len(state[last]) if last in state else Config.z_dim,
         align_coeff=0.5 if projector else 0.0,
         align_depth=min(row.get("align_depth", 1), depth),
@@ -232,7 +226,6 @@ def merge_halves(state: dict) -> dict:
 
 def from_original_sit(state: dict, channels: int) -> dict:
     """The original SiT, whose time runs the other way, as a network of our convention. Exact.
-
     With t' = 1 - t, cos(w t') = cos w cos wt + sin w sin wt and sin(w t') = sin w cos wt - cos w
     sin wt: a rotation of the time features, which the first layer of the time MLP absorbs. Its
     velocity points from noise to data, so the last layer changes its sign; of the 2C outputs per
@@ -250,6 +243,7 @@ def from_original_sit(state: dict, channels: int) -> dict:
 
 
 # ---- 3. Images that depend on (seed, index) alone ------------------------------------------------
+GUIDANCE = ("cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high")
 GROUP = 16  # on CPU the network always sees images 16 k to 16 k + 15 together
 
 
@@ -275,7 +269,6 @@ def randn_of(streams: list, like: Tensor) -> Tensor:
 
 def sample_images(job: Job, indices: range, label_of) -> np.ndarray:
     """Images uint8 (N, H, W, 3) of N indices; image i has class label_of(i), or -1: a random one.
-
     Each image has a random stream of its own: label, latent, class token, then the SDE's noise."""
     args, config, device = job.args, job.config, job.device
     streams = [seeded("cpu", "image", args.seed, i) for i in indices]
@@ -288,19 +281,10 @@ def sample_images(job: Job, indices: range, label_of) -> np.ndarray:
     n, randn_like = len(indices), functools.partial(randn_of, streams)
     x = randn_like(torch.empty(n, *config.latent_shape, device=device))
     cls = randn_like(torch.empty(n, config.z_dim, device=device)) if config.class_token else None
+    settings = {name: getattr(args, name) for name in GUIDANCE}
+    settings |= dict(num_steps=args.steps, randn_like=randn_like)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.fast):
-        x = job.sampler(
-            job.model,
-            x,
-            torch.tensor(labels, device=device),
-            cls,
-            num_steps=args.steps,
-            cfg_scale=args.cfg_scale,
-            cls_cfg_scale=args.cls_cfg_scale,
-            guidance_low=args.guidance_low,
-            guidance_high=args.guidance_high,
-            randn_like=randn_like,
-        )
+        x = job.sampler(job.model, x, torch.tensor(labels, device=device), cls, **settings)
     return decode_latents(job.vae, x).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -308,8 +292,7 @@ def in_batches(job: Job, first: int, last: int, label_of) -> np.ndarray:
     """Images first..last - 1 as sample_images. Whole groups are computed, on CPU one at a time: so
     an image is always computed beside the same others, and its bytes never change."""
     start, stop = first // GROUP * GROUP, -(-last // GROUP) * GROUP
-    groups = 1 if job.device.type == "cpu" else max(1, job.args.batch_size // GROUP)
-    size = groups * GROUP
+    size = GROUP * max(1, job.args.batch_size // GROUP if job.device.type == "cuda" else 1)
     batches = [range(i, min(i + size, stop)) for i in range(start, stop, size)]
     images = [sample_images(job, batch, label_of) for batch in batches]
     return np.concatenate(images)[first - start : last - start]
@@ -362,46 +345,63 @@ def whole_file(path: Path):
     """A file to write that gets its name once it is whole: a kill leaves none, or the old one."""
     with open(f"{path}.tmp", "wb") as file:
         yield file
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
 
 def write_many(job: Job, protocol: dict) -> Path:
     """--num images as an ADM npz (arr_0, uint8 NHWC) or as PNG files; returns the path.
-
-    Works in shards: a shard that is finished is a file, and a run that was killed goes on with the
-    next one."""
-    args, text = job.args, json.dumps(protocol, indent=1)
+    Works in shards: a finished one is a file, and a run that was killed goes on with the next."""
+    args, text = job.args, json.dumps(protocol, indent=1).encode()
     out = Path(args.png or args.out)
     work = out if args.png else Path(f"{out}.parts")
     record = out / "samples.json" if args.png else out.with_suffix(".json")
-    if out.exists() and record.exists() and record.read_text() == text:
+    if out.exists() and record.exists() and record.read_bytes() == text:
         return out  # finished before
 
+    shards = [work / f"{k:06d}.raw" for k in range(-(-args.num // SHARD))]
     if job.rank == 0:
-        claim(work, text)
+        claim(out, record, shards, text)
     if job.world_size > 1:
         dist.barrier()
-    shards = [work / f"{k:06d}.npy" for k in range(-(-args.num // SHARD))]
     mine = range(job.rank, len(shards), job.world_size)  # whatever the others have done by now
-    missing = [k for k in mine if not shards[k].exists()]
+    missing = [k for k in mine if not is_whole(job, shards[k])]
     for k in tqdm(missing, f"shards of {SHARD}", disable=job.rank > 0):
         write_shard(job, k, shards[k])
     if job.rank == 0:
-        while not all(shard.exists() for shard in shards):  # a barrier would time out in minutes
+        while not all(is_whole(job, shard) for shard in shards):  # a barrier would time out
             time.sleep(1)
         finish(job, shards, out, record, text)
     return out
 
 
-def claim(work: Path, protocol: str) -> None:
+def claim(out: Path, record: Path, shards: list, protocol: bytes) -> None:
     """Makes the folder in which shards of this protocol are collected. Raises BadInput where it
-    holds images of another."""
+    holds something else, or where the result would replace what this program did not write."""
+    work, claimed = shards[0].parent, shards[0].with_name("protocol.json")
+    found = claimed.read_bytes() if claimed.exists() else None
+    others = {file.name for file in work.glob("*")} - {"protocol.json.tmp"}  # of a kill in here
+    foreign = others if found is None else not protocol.startswith(found)
+    if foreign:
+        raise BadInput(f"{work} holds other files, or images of other settings: name another")
+    if record.exists() or out.exists() and work != out and found is None:
+        with explained(f"{out}, {record.name} may not be of this program: name another --out"):
+            if json.loads(record.read_bytes()).keys() != json.loads(protocol).keys():
+                raise ValueError("no record of samples")
+
     work.mkdir(parents=True, exist_ok=True)
-    for file in (work / "protocol.json", work / "samples.json"):  # the second: finished PNG files
-        if file.exists() and file.read_text() != protocol:
-            raise BadInput(f"{work} holds images of other settings: delete it, or name another")
-    with whole_file(work / "protocol.json") as file:
-        file.write(protocol.encode())
+    if found != protocol:  # new; or cut short: then nobody knows of what settings the shards are
+        for shard in shards:
+            shard.unlink(missing_ok=True)
+        with whole_file(claimed) as file:
+            file.write(protocol)
+
+
+def is_whole(job: Job, shard: Path) -> bool:
+    """Whether a shard was written to its end."""
+    count = 0 if job.args.png else min(SHARD, job.args.num - int(shard.stem) * SHARD)
+    return shard.exists() and shard.stat().st_size == count * 3 * job.config.image_size**2
 
 
 def write_shard(job: Job, k: int, shard: Path) -> None:
@@ -415,10 +415,10 @@ def write_shard(job: Job, k: int, shard: Path) -> None:
             Image.fromarray(image).save(shard.with_name(f"{i:06d}.png"))
         images = images[:0]  # an empty shard marks them as done
     with whole_file(shard) as file:
-        np.save(file, images)
+        file.write(images.tobytes())
 
 
-def finish(job: Job, shards: list, out: Path, record: Path, protocol: str) -> None:
+def finish(job: Job, shards: list, out: Path, record: Path, protocol: bytes) -> None:
     """Joins the shards into one npz, as a stream: memory stays flat. Stores the protocol beside it,
     or in the folder of PNG files, and tidies up."""
     work, side = shards[0].parent, job.config.image_size
@@ -432,20 +432,19 @@ def finish(job: Job, shards: list, out: Path, record: Path, protocol: str) -> No
         ):
             np.lib.format.write_array_header_1_0(array, header)
             for shard in shards:
-                array.write(np.load(shard).tobytes())
+                array.write(shard.read_bytes())
     with whole_file(record) as file:
-        file.write(protocol.encode())
-    if not job.args.png:
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    for file in (work / "protocol.json", *shards):
+        file.write(protocol)
+    for file in (*shards, work / "protocol.json"):
         file.unlink()
+    with contextlib.suppress(OSError):  # a folder of PNG files is not empty
+        work.rmdir()
 
 
 # ---- 5. The command ------------------------------------------------------------------------------
 PRESETS = {
     "grid": dict(sampler="ode", steps=25, cfg_scale=2.0),
-    "fid": dict(sampler="sde", steps=250, cfg_scale=1.0),
+    "fid": dict(sampler="sde", steps=250, cfg_scale=1.0, out="samples.npz"),
 }
 
 
@@ -458,28 +457,24 @@ def parse_classes(text: str, config: Config) -> list:
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if word not in names:
-            some = f" or {', '.join(config.class_names[:8])}" if config.class_names else ""
-            last = config.num_classes - 1
-            raise BadInput(f"unknown class {word!r}: choose from 0 to {last}{some}")
+            known = ", ".join([f"0 to {config.num_classes - 1}", *config.class_names[:8]])
+            raise BadInput(f"unknown class {word!r}: choose from {known}")
     return [names[word] for word in words]
 
 
 def build_parser(samplers: dict) -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     add = parser.add_argument
     add("checkpoint", help="latest.pt of a run, or a published file")
     add("--classes", default="", help="numbers or names, with commas between [8 of all]")
-    add("--per_class", type=int, default=8, help="images per row of the grid [8]")
+    add("--per_class", type=int, help="images per row of the grid [8]")
     note = "write this many images, no grid (older torchruns take --num for a flag of their own)"
     add("--num", "--num_images", type=int, default=0, help=note)
-    add("--out", default="", help="file to write [grid.png beside the checkpoint, or samples.npz]")
+    add("--out", help="file to write [grid.png beside the checkpoint, or samples.npz]")
     add("--png", default="", metavar="DIR", help="with --num: PNG files in DIR instead of an npz")
-    add("--labels", choices=["random", "balanced"], default="random", help="with --num [random]")
+    add("--labels", choices=["random", "balanced"], help="with --num [random]")
     add("--trajectory", action="store_true", help="draw the way from noise to image")
     add("--sampler", choices=samplers, help="[grid: ode, --num: sde]")
     add("--steps", type=int, help="steps of the sampler [grid: 25, --num: 250]")
@@ -498,23 +493,29 @@ def build_parser(samplers: dict) -> argparse.ArgumentParser:
 def parse_args(argv: list | None = None, samplers: dict = SAMPLERS) -> argparse.Namespace:
     """The command line, with the preset filled in. Raises BadInput."""
     args = build_parser(samplers).parse_args(argv)
-    for name, value in PRESETS["fid" if args.num else "grid"].items():
+    # What would have no effect is refused.
+    for name in ("classes", "per_class", "trajectory"):
+        require(args, name, not (args.num and getattr(args, name)), "used without --num_images")
+    for name in ("png", "labels"):
+        require(args, name, args.num or not getattr(args, name), "used with --num_images")
+    require(args, "per_class", not (args.trajectory and args.per_class), "used for grids alone")
+    require(args, "out", not (args.out and args.png), "used without --png")
+
+    preset = PRESETS["fid" if args.num else "grid"] | dict(per_class=8, labels="random")
+    for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.sampler not in samplers:
         args.sampler = next(iter(samplers))  # a fork's own comes first
-    if args.num and not args.out:
-        args.out = "samples.npz"
 
     for name in ("per_class", "steps", "batch_size"):
         require(args, name, getattr(args, name) > 0, "above 0")
     for name in ("num", "seed"):
         require(args, name, getattr(args, name) >= 0, "0 or above")
-    for name in ("guidance_low", "guidance_high"):
-        require(args, name, 0 <= getattr(args, name) <= 1, "between 0 and 1")
-    require(args, "png", args.num or not args.png, "used with --num_images")
+    fits = 0 <= args.guidance_low <= args.guidance_high <= 1
+    require(args, "guidance_low", fits, "at most guidance_high, both between 0 and 1")
     ending = ".npz" if args.num else ".png"
-    fits = not args.out or args.out.endswith(ending)
+    fits = args.out is None or Path(args.out).suffix == ending
     require(args, "out", fits, f"a name that ends with {ending}")
     require(args, "cfg_scale", 1 <= args.cfg_scale < math.inf, "1 (no guidance) or above")
     scale = args.cls_cfg_scale or 0.0
@@ -526,8 +527,8 @@ def protocol_of(args: argparse.Namespace, config: Config) -> dict:
     """All that decides the images of a large run: stored beside them."""
     with open(args.checkpoint, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    names = "num labels sampler steps cfg_scale cls_cfg_scale guidance_low guidance_high seed"
-    return {name: getattr(args, name) for name in names.split()} | dict(
+    names = ("num", "labels", "sampler", "steps", *GUIDANCE, "seed")
+    return {name: getattr(args, name) for name in names} | dict(
         weights="raw" if args.raw else "ema",
         precision="bf16" if args.fast else "float32",
         checkpoint=digest[:16],
@@ -539,15 +540,13 @@ def protocol_of(args: argparse.Namespace, config: Config) -> dict:
     )
 
 
-def run(
-    args: argparse.Namespace, *, kind=Config, build_model=build_model, samplers=SAMPLERS
-) -> Path:
+def run(args, *, kind=Config, build_model=build_model, samplers=SAMPLERS) -> Path:
     """What the command line asks for; returns the path that was, or is being, written."""
-    rank, world_size, device = setup_distributed()
+    rank, world_size, device = ma.setup_distributed()
     model, config = load_checkpoint(args.checkpoint, args.raw, kind=kind, build_model=build_model)
     config = dataclasses.replace(config, vae_weights=args.vae_weights or config.vae_weights)
     classes = parse_classes(args.classes, config)
-    vae, sampler = build_vae(config, device), samplers[args.sampler]
+    vae, sampler = ma.build_vae(config, device), samplers[args.sampler]
     job = Job(args, config, model.to(device), vae, sampler, rank, world_size, device)
     if not args.fast:  # true float32: no TF32
         torch.set_float32_matmul_precision("highest")

@@ -19,49 +19,57 @@ import maskalign
 from maskalign import BadInput
 
 GOLD = formula.load("public")
+CPU = torch.device("cpu")
+
+
+def shapes_of_inception():
+    """Its state dict without values, which would take a second."""
+    with torch.device("meta"):
+        return fid.FIDInception().state_dict()
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """The golden image sets as npz files, and the made-up weights."""
-    folder = tmp_path_factory.mktemp("fid")
-    for name in "ABCD":
-        np.savez(folder / f"{name}.npz", formula.images("public", name))
-    shapes = {k: v.shape for k, v in fid.FIDInception().state_dict().items() if "num_b" not in k}
+def weights_file(tmp_path_factory):
+    """The made-up weights of the golden numbers."""
+    path = tmp_path_factory.mktemp("fid") / "w.pth"
+    shapes = {k: v.shape for k, v in shapes_of_inception().items() if "num_b" not in k}
     weights = formula.state_dict(shapes, formula.PUBLIC["weight_seed"])
-    torch.save({k: torch.from_numpy(v) for k, v in weights.items()}, folder / "w.pth")
-    return folder
+    torch.save({k: torch.from_numpy(v) for k, v in weights.items()}, path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def inception(folder):
-    return fid.load_inception(str(folder / "w.pth"))
+def inception(weights_file):
+    """The network with these, and what the protocol says of it."""
+    return fid.build_features("inception", str(weights_file), CPU)
 
 
 @pytest.fixture(scope="session")
-def measured(folder, inception):
-    """The statistics and features of the golden sets, computed once."""
+def measured(inception):
+    """The statistics and features of two golden sets, computed once."""
     torch.set_num_threads(os.cpu_count())  # the one network here that is large enough
-    with torch.no_grad():
-        results = {
-            name: fid.measure(
-                fid.open_images(f"{folder}/{name}.npz"),
-                inception[0],
-                torch.device("cpu"),
-                batch_size=8,  # on CPU a fifth faster than 64
-            )
-            for name in "ACD"
-        }
+    results = {}
+    for name in "CD":
+        pixels = torch.from_numpy(formula.images("public", name))
+        images = fid.Images(name, pixels, len(pixels), tuple(pixels.shape[1:3]))
+        results[name] = fid.measure(images, inception[0], CPU, batch_size=8)  # faster than 64
     torch.set_num_threads(1)
     return results
 
 
+def hardly_trained():
+    """Makes the demo's features cost nothing: by a teacher of two steps, on 512 images."""
+    make, draw = maskalign.make_config, maskalign.demo_shapes
+    maskalign.make_config = lambda: make(teacher_steps=2)
+    maskalign.demo_shapes = lambda size, count=512: draw(size, count)
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """fid.py with features that cost nothing: the demo's teacher, hardly trained."""
-    make, draw = maskalign.make_config, maskalign.demo_shapes
-    monkeypatch.setattr(maskalign, "make_config", lambda: make(teacher_steps=2))
-    monkeypatch.setattr(maskalign, "demo_shapes", lambda size, count=512: draw(size, count))
+    """fid.py with these features, in an empty folder."""
+    for name in ("make_config", "demo_shapes"):  # they come back after the test
+        monkeypatch.setattr(maskalign, name, getattr(maskalign, name))
+    hardly_trained()
     monkeypatch.chdir(tmp_path)
     return lambda *argv: run(*argv, "--features=demo")
 
@@ -99,7 +107,7 @@ def test_resize_equals_tensorflow_to_the_bit(case):
     assert probe == pytest.approx(gold["probe"], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", "ACD")
+@pytest.mark.parametrize("name", "CD")
 def test_features_are_those_of_adm(name, measured, inception):
     gold = GOLD["features"][name]
     features = measured[name]["features"]
@@ -118,13 +126,17 @@ def test_features_are_those_of_adm(name, measured, inception):
     )
 
 
-def test_spatial_features_come_in_the_order_of_adm(inception):
-    with torch.no_grad():
-        images = torch.from_numpy(formula.images("public", "A")[:2]).permute(0, 3, 1, 2)
-        found = inception[0](images)[1].numpy()
-    gold = GOLD["features"]["A"]["spatial"]
-    values = np.array(gold["values"][:2])
-    assert np.linalg.norm(found[:, gold["columns"]] - values) <= 1e-4 * np.linalg.norm(values)
+def test_features_of_small_images_are_those_of_adm_and_spatial_ones_in_its_order(inception):
+    gold, n = GOLD["features"]["A"], 4  # of 64
+    images = torch.from_numpy(formula.images("public", "A")[:n]).permute(0, 3, 1, 2)
+    pool, spatial = (part.numpy() for part in inception[0](images))
+    found = formula.condense(pool)
+    for key in ("row_norms", "row_probe"):
+        assert found[key] == pytest.approx(gold["pool"][key][:n], rel=1e-4)
+    for part, kind in ((pool, "pool"), (spatial, "spatial")):
+        values = np.array(gold[kind]["values"][:2])
+        error = part[:2, gold[kind]["columns"]] - values
+        assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(values), kind
 
 
 def assert_pair(found, pair, sample):
@@ -137,7 +149,7 @@ def assert_pair(found, pair, sample):
     assert found["inception_score"] == pytest.approx(score, rel=5e-5)
 
 
-def test_the_five_numbers_are_those_of_adm(measured, inception):
+def test_the_five_numbers_are_those_of_adm(measured, inception, all_cores):
     found = fid.compare(measured["D"], measured["C"], inception[0])
     assert_pair(found, "ref=C,sample=D", "D")
     logits = measured["D"]["features"] @ inception[0].fc.weight.T
@@ -145,32 +157,58 @@ def test_the_five_numbers_are_those_of_adm(measured, inception):
     assert fid.inception_score(logits, 20) == pytest.approx(gold, rel=5e-5)
 
 
-def test_two_processes_judge_by_an_adm_reference_as_adm_does(
-    folder, measured, inception, monkeypatch
+def test_the_protocol_and_the_warnings_say_what_the_numbers_are_worth(
+    inception, weights_file, capsys
 ):
-    """Its statistics (of 64 images) count for FID and sFID, its images (24) for the others."""
-    stats = {key: measured["A"][key] for key in fid.STATISTICS}
-    np.savez(folder / "virtual.npz", arr_0=formula.images("public", "A")[:24], **stats)
-    argv = ["--ref=virtual.npz", "--weights=w.pth", "--json=o.json", "--batch_size=12"]  # 36 + 28
-    monkeypatch.chdir(folder)
-    ranks = [rank.end() for rank in start_ranks(2, "fid.py", "B.npz", *argv)]
-    assert [status for status, *_ in ranks] == [0, 0], ranks
-    shown = ranks[0][1]
-    found = json.loads((folder / "o.json").read_text())
-    assert_pair(found, "ref=A24+stats(A),sample=B", "B")
-    assert found["n"] == 64 and found["protocol"]["statistics"] == "stored"
-    assert f"reference_sha256 {fid.sha256([folder / 'virtual.npz'])}" in shown
-    assert f"weights {inception[1]}" in shown and "TF1 bilinear to 299" in shown
+    about = inception[1]
+    assert about["weights"] == fid.sha256([weights_file])
+    assert (about["features"], about["resize"]) == ("inception", "TF1 bilinear to 299, float32")
+    fid.warn(64, 2048, about)
+    shown = capsys.readouterr().out
     assert "N is 64, below 2048" in shown and "the covariance is singular" in shown
     assert "not those of the papers" in shown  # made-up weights
+    fid.warn(50_000, 2048, dict(about, weights="6726825d"))
+    assert not capsys.readouterr().out
 
 
-def test_any_number_of_processes_measures_the_same(folder, inception, monkeypatch):
-    images, net, cpu = fid.open_images(f"{folder}/A.npz"), inception[0], torch.device("cpu")
-    images = images._replace(count=9)
-    one = fid.measure(images, net, cpu, batch_size=2)
+def test_two_processes_judge_as_one_and_by_a_reference_of_adm_as_adm_does(quick):
+    """Its statistics (of 40 images) count for FID and sFID, its images (24) for the others."""
+    full, cut = pictures(40), pictures(40)[:24]
+    for name, images in (("full", full), ("cut", cut), ("x", pictures(40, seed=1))):
+        np.savez(f"{name}.npz", images)
+    of_full = quick("x.npz", "--ref=full.npz", "--save_stats=stats.npz")
+    with np.load("stats.npz") as stats:
+        told = {key: stats[key] for key in (*fid.STATISTICS, "protocol")}
+    np.savez("virtual.npz", arr_0=cut, **told)
+    one, of_cut = quick("x.npz", "--ref=virtual.npz"), quick("x.npz", "--ref=cut.npz")
+    argv = ["--ref=virtual.npz", "--features=demo", "--json=two.json", "--batch_size=12"]  # 24 + 16
+    ranks = [r.end() for r in start_ranks(2, "fid.py", "x.npz", *argv, before=hardly_trained)]
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    two = json.loads(Path("two.json").read_text())
+    for found in (one, two):
+        for key, other in (("fid", of_full), ("sfid", of_full), ("recall", of_cut)):
+            assert found[key] == pytest.approx(other[key], rel=1e-4), key
+        assert found["precision"] == of_cut["precision"]
+        assert found["n"] == 40 and found["protocol"]["statistics"] == "stored"
+        assert found["protocol"]["reference_images"] == 24
+    assert of_cut["fid"] != pytest.approx(of_full["fid"], rel=1e-2)
+    assert f"reference_sha256 {fid.sha256(['virtual.npz'])}" in ranks[0][1]
+
+    # ADM's file has no protocol: then it is of Inception.
+    del told["protocol"]
+    np.savez("virtual.npz", arr_0=cut, **told)
+    images, widths = fid.open_images("virtual.npz"), [len(told["mu"]), len(told["mu_s"])]
+    for kind, keys in (("inception", set(fid.STATISTICS)), ("demo", set())):
+        about = dict(features=kind, weights="any")
+        assert fid.stored_statistics(images, about, widths).keys() == keys
+
+
+def test_any_number_of_processes_measures_the_same(quick, monkeypatch):
+    np.savez("x.npz", pictures(9))
+    images, (net, _) = fid.open_images("x.npz"), fid.build_features("demo", "", CPU)
+    one = fid.measure(images, net, CPU, batch_size=2)
     monkeypatch.setattr(fid.dist, "reduce", lambda part, rank: None)  # the sum is taken below
-    parts = [fid.measure(images, net, cpu, rank, 3, batch_size=2)["features"] for rank in range(3)]
+    parts = [fid.measure(images, net, CPU, rank, 3, batch_size=2)["features"] for rank in range(3)]
     assert [int(part.any(dim=1).sum()) for part in parts] == [4, 4, 1]
     assert torch.equal(sum(parts), one["features"])
 
@@ -207,9 +245,9 @@ def test_equal_covariances_leave_the_squared_distance_of_the_means():
 
 
 def test_a_set_compared_with_itself_gives_0_1_1(measured, inception):
-    """By 64 images, and 300 of the features: as singular as all of them, and sooner."""
-    cut = {key: x[:300, :300] if x.ndim == 2 else x[:300] for key, x in measured["A"].items()}
-    cut["features"] = measured["A"]["features"]
+    """By 32 images, and 300 of the features: as singular as all of them, and sooner."""
+    cut = {key: x[:300, :300] if x.ndim == 2 else x[:300] for key, x in measured["C"].items()}
+    cut["features"] = measured["C"]["features"]
     found = fid.compare(cut, cut, inception[0])
     assert found["fid"] == pytest.approx(0, abs=1e-9) and found["sfid"] == pytest.approx(
         0, abs=1e-6
@@ -302,7 +340,9 @@ def test_the_demo_scores_against_its_drawn_shapes_and_says_so(quick, capsys):
     assert far["protocol"]["sampler"]["sampler"] == "sde"
 
 
-def test_saved_statistics_serve_as_reference_of_the_same_features_only(quick, folder, capsys):
+def test_saved_statistics_serve_as_reference_of_the_same_features_only(
+    quick, inception, monkeypatch
+):
     np.savez("a.npz", pictures())
     np.savez("b.npz", pictures(seed=1))
     direct = quick("a.npz", "--ref=b.npz", "--save_stats=of_ref.npz")
@@ -311,8 +351,9 @@ def test_saved_statistics_serve_as_reference_of_the_same_features_only(quick, fo
     for name in ("of_ref.npz", "again.npz"):
         assert quick("a.npz", f"--ref={name}")["fid"] == pytest.approx(direct["fid"], rel=1e-12)
     assert quick("of_ref.npz", "--ref=a.npz")["precision"] == direct["recall"]  # also as samples
-    with pytest.raises(BadInput, match="of_ref.npz holds statistics of demo .*: measure that set"):
-        run("a.npz", "--ref=of_ref.npz", f"--weights={folder}/w.pth")
+    monkeypatch.setattr(fid, "load_inception", lambda path: (inception[0], "w"))
+    with pytest.raises(BadInput, match="of_ref.npz holds statistics of demo .*, not w: measure"):
+        run("a.npz", "--ref=of_ref.npz")
 
 
 def test_a_reference_of_statistics_alone_gives_the_distances_alone(quick, capsys):
@@ -340,9 +381,19 @@ def test_dinov2_leaves_out_what_it_has_no_answer_to(quick, monkeypatch, tmp_path
         run("a.npz", "--ref=a.npz", "--features=dinov2", "--weights=wrong.npz")
 
 
+def light_weights():
+    """Weights of the right shapes, a single number each: they need no room in a file."""
+    state = shapes_of_inception()
+    values = torch.linspace(0.5, 1, len(state))
+    return {
+        key: value.to(p.dtype).expand(p.shape)
+        for (key, p), value in zip(state.items(), values, strict=True)
+    }
+
+
 def test_weights_with_and_without_batch_counts_load_the_same(tmp_path):
     """The full file is in the format of before torch 1.6, as the published one is."""
-    state = dict(fid.FIDInception().state_dict())
+    state = light_weights()
     slim = {key: value for key, value in state.items() if "num_batches" not in key}
     assert (len(state), len(slim)) == (566, 472)
     torch.save(state, tmp_path / "0.pth", _use_new_zipfile_serialization=False)
@@ -353,18 +404,19 @@ def test_weights_with_and_without_batch_counts_load_the_same(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_damaged_copy_of_the_published_file_is_refused_by_its_name(folder, tmp_path):
+def test_a_damaged_copy_of_the_published_file_is_refused_by_its_name(tmp_path):
     """The format of before torch 1.6 has no checksum: a flipped bit would be another Inception."""
-    state = torch.load(folder / "w.pth", weights_only=True)
     beside = tmp_path / "new.pth"
-    torch.save(state, beside, _use_new_zipfile_serialization=False)
+    torch.save(light_weights(), beside, _use_new_zipfile_serialization=False)
     whole, digest = bytearray(beside.read_bytes()), fid.sha256([beside])
     named = tmp_path / f"pt_inception-{digest[:8]}.pth"
     named.write_bytes(whole)
     assert fid.load_inception(str(named))[1] == digest
-    whole[len(whole) // 2] ^= 1
+    whole[-1] ^= 1  # of a number
     named.write_bytes(whole)
-    with pytest.raises(BadInput, match=f"{digest[:8]}.pth is damaged, .*: its sha256 begins with"):
+    with pytest.raises(
+        BadInput, match=f"{digest[:8]}.pth is damaged or .*sha256 begins with .*: fetch it"
+    ):
         fid.load_inception(str(named))
 
 
@@ -378,7 +430,12 @@ def test_a_damaged_copy_of_the_published_file_is_refused_by_its_name(folder, tmp
         (pictures()[..., :1], r"arr_0 of uint8 \(40, 24, 24, 1\)"),
         (pictures()[..., 0], r"arr_0 of uint8 \(40, 24, 24\)"),
         (np.asfortranarray(pictures()), "in C order"),
-        (pictures(3), "x.npz holds 3 images: .* k = 3 neighbours, need at least 4"),
+        (pictures(3), "x.npz holds 3 images of 24 x 24 pixels: bring at least 4 "),
+        (
+            np.zeros((4, 5000, 1, 3), np.uint8),
+            "4 images of 1 x 5000 pixels: .* at most 4096 pixels",
+        ),
+        (np.zeros((4, 0, 9, 3), np.uint8), "it must be RGB images"),
         (pictures(8, 32), r"\(24, 24\), x.npz of \(32, 32\): crop both to one size"),
     ],
 )
@@ -415,12 +472,12 @@ def test_files_that_are_no_images_or_damaged_are_named(quick):
     with zipfile.ZipFile("short.npz", "w") as archive, zipfile.ZipFile("good.npz") as good:
         archive.writestr("arr_0.npy", good.read("arr_0.npy")[:-100])
     for name, message in (
-        ("cut.npz", "cut.npz is neither a folder nor a readable npz"),
-        ("text.npz", "text.npz is neither"),
-        ("set.npz", "set.json beside the samples is no JSON: remove it"),
-        ("missing.npz", "missing.npz is neither a folder nor a readable npz .*No such file"),
+        ("cut.npz", "'cut.npz' is neither a folder nor a readable npz"),
+        ("text.npz", "'text.npz' is neither"),
+        ("set.npz", "set.json beside the samples is no JSON: move it"),
+        ("missing.npz", "'missing.npz' is neither a folder nor a readable npz .*No such file"),
         ("other.npz", r"other.npz holds neither images \(arr_0\) nor statistics"),
-        ("short.npz", "short.npz is damaged: write it anew"),
+        ("short.npz", "'short.npz' is .*arr_0.npy should hold 69120 bytes and holds 69020"),
     ):
         with pytest.raises(BadInput, match=message):
             quick(name)
@@ -449,13 +506,81 @@ def test_a_folder_with_an_odd_image_is_refused_before_work(quick, size, mode, me
         quick("empty")
 
 
-def test_too_few_points_and_statistics_that_do_not_fit_are_refused():
-    with pytest.raises(BadInput, match="3 images are too few .* k = 3: bring at least 4"):
-        fid.precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
-    eye = np.eye(3)
-    for given in ((eye[0], eye, eye[0, :2], eye[:2, :2]), (eye[0] * np.nan, eye, eye[0], eye)):
-        with pytest.raises(BadInput, match="do not compare, or are not finite: measure both"):
-            fid.frechet_distance(*given)
+EYE, ONES, PART = np.eye(64), np.ones(64), np.ones((9, 64))
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (dict(mu=ONES), "x.npz holds statistics that are damaged: measure .*KeyError: 'sigma'"),
+        (dict(mu=ONES, sigma=EYE, sigma_s=EYE), "statistics that are damaged.*'mu_s'"),
+        (dict(mu=np.float64(1), sigma=EYE), r"mu is torch.float64 \(\), for \(64,\)"),
+        (dict(mu=ONES[:9], sigma=EYE[:9, :9]), r"mu is torch.float64 \(9,\), for \(64,\)"),
+        (dict(mu=ONES, sigma=EYE[:, :9]), r"sigma is torch.float64 \(64, 9\), for \(64, 64\)"),
+        (dict(mu=ONES * np.nan, sigma=EYE), "mu is .*, or not finite"),
+        (dict(mu=ONES + 1j, sigma=EYE), "mu is torch.complex128"),
+        (dict(mu=ONES, sigma=EYE, features=PART[:3]), r"features is .* \(3, 64\), for \(4, 64\)"),
+        (dict(mu=ONES, sigma=EYE, features=PART[:, :3]), r"features is .* \(9, 3\), for \(9, 64\)"),
+        (dict(mu=ONES.astype(str), sigma=EYE), "x.npz holds no arrays of numbers"),
+        (dict(mu=ONES, sigma=EYE, protocol="hello"), "holds no arrays of numbers .*JSON"),
+        (dict(mu=ONES, sigma=EYE, protocol="[1, 2]"), "holds no arrays of numbers .*TypeError"),
+        (dict(sigma=EYE), "x.npz holds neither images .* nor statistics"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_before_work(arrays, message, tmp_path):
+    about, path = dict(features="inception", weights="w"), str(tmp_path / "x.npz")
+    np.savez(path, **arrays)
+    with pytest.raises(BadInput, match=message) as caught:
+        fid.stored_statistics(fid.open_images(path), about, [64, 36])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(10**12,), (-64,), (63,)])
+def test_an_array_that_promises_more_than_its_file_holds_is_refused_unread(shape, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("mu.npy", "w") as file:
+        header = dict(descr="<f8", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(ONES.tobytes())
+    with pytest.raises(BadInput, match="mu.npy should hold .* bytes and holds 512"):
+        fid.open_images(str(tmp_path / "x.npz"))
+
+
+def test_nothing_keeps_it_waiting_and_no_part_of_a_folder_is_passed_over(tmp_path, monkeypatch):
+    for i in range(4):
+        png(tmp_path / f"x/sub/{i}.png")
+    png(tmp_path / "x/\u00b23.png")  # a digit, but no number
+    (tmp_path / "x/4.png").symlink_to(tmp_path / "x/sub/0.png")
+    folder = str(tmp_path / "x")
+    assert fid.open_images(folder).count == 6
+    (tmp_path / "x/link").symlink_to(tmp_path)  # followed, it would never end
+    with pytest.raises(BadInput, match="x cannot be read as a whole: .*link in .* is a link to a"):
+        fid.open_images(folder)
+    os.unlink(tmp_path / "x/link")
+    for name, make in (("a.png", os.mkfifo), ("b.png", lambda path: os.symlink("/dev/zero", path))):
+        make(tmp_path / "x" / name)
+        with pytest.raises(BadInput, match=f"{name} is no readable image: .*no regular file"):
+            fid.open_images(folder)
+        os.unlink(tmp_path / "x" / name)
+    os.mkfifo(tmp_path / "x.npz")
+    for path in (tmp_path / "x.npz", ""):
+        with pytest.raises(BadInput, match="is neither a folder nor a readable npz"):
+            fid.open_images(str(path))
+    (tmp_path / "x/a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(
+        BadInput, match="cannot identify image file"
+    ):  # else Pillow runs Ghostscript
+        fid.open_images(folder)
+
+    real = os.scandir
+
+    def closed(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(BadInput, match="x cannot be read as a whole: .*Permission denied: .*sub"):
+        fid.open_images(folder)
 
 
 def test_features_that_are_not_finite_are_refused(quick, monkeypatch):
@@ -472,8 +597,9 @@ def test_features_that_are_not_finite_are_refused(quick, monkeypatch):
         quick("a.npz")
 
 
-def test_a_wrong_weights_file_is_refused(folder, tmp_path):
-    state = torch.load(folder / "w.pth", weights_only=True)
+def test_a_wrong_weights_file_is_refused(tmp_path, monkeypatch):
+    state, net = light_weights(), fid.FIDInception()
+    monkeypatch.setattr(fid, "FIDInception", lambda: net)  # none of them gets into it
     wrong = {
         "empty": {},
         "part": {k: v for k, v in state.items() if "Mixed_6b" not in k},
@@ -505,20 +631,33 @@ def test_offline_without_weights_the_way_out_is_named(tmp_path, monkeypatch):
     "argv, message",
     [
         (["x.npz"], "--ref is missing: name one, or --save_stats"),
+        (["x.npz", "--save_stats="], "--ref is missing"),
         (["x.npz", "--features=demo", "--weights=w"], "weights is w: it must be left out"),
         (["x.npz", "--save_stats=y.pt"], "save_stats is y.pt: it must be a new file that ends"),
         (["x.npz", "--save_stats=x.npz"], "save_stats is x.npz: it must be a new file"),
+        (["x.npz", "--save_stats=./x.npz"], "save_stats is ./x.npz: it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=x.json"], "json is x.json: it must be a new file"),
+        (
+            ["x.npz", "--ref=y.npz", "--json=y.npz"],
+            "json is y.npz: it must be a new file that ends with .json",
+        ),
+        (["x.npz", "--ref=y.npz", "--json="], "json is : it must be a new file"),
         (["x.npz", "--ref=y.npz", "--json=no/x.json"], "json .* in a folder that exists"),
         (["x.npz", "--ref=y.npz", "--batch_size=0"], "batch_size is 0: it must be above 0"),
     ],
 )
-def test_bad_flags_are_one_sentence(argv, message):
+def test_bad_flags_are_one_sentence(argv, message, tmp_path, monkeypatch):
+    """In a folder where x.npz and x.json are there: nothing is replaced."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.npz", "x.json"):
+        Path(name).write_text("{}")
     with pytest.raises(BadInput, match=message):
         fid.parse_args(argv)
 
 
 def test_the_command_ends_with_the_sentence(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fid.py", "nothing.npz", "--ref=nothing.npz"])
-    with pytest.raises(SystemExit, match="^fid.py: nothing.npz is neither a folder nor a readable"):
+    with pytest.raises(
+        SystemExit, match="^fid.py: 'nothing.npz' is neither a folder nor a readable"
+    ):
         fid.main()
