@@ -112,9 +112,8 @@ def find_inception(path: str = "") -> Path:
     cached = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rpartition("/")[2])
     if path or cached.exists():
         return Path(path or cached)
-    with explained(
-        f"cannot download {WEIGHTS_URL}: run once with internet, or pass --weights FILE"
-    ):
+    advice = "run once with internet, or pass --weights FILE"
+    with explained(f"cannot download {WEIGHTS_URL}: {advice}"):
         urllib.request.urlopen(WEIGHTS_URL, timeout=10).close()  # offline: known quickly
         torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
     return cached
@@ -165,8 +164,13 @@ def covariance_factor(sigma: Tensor) -> Tensor:
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), of (D,) and (D, D).
-    The last trace is the sum of the singular values of F1^T F2: see covariance_factor."""
+    The last trace is the sum of the singular values of F1^T F2: see covariance_factor.
+    Raises BadInput for other shapes, and for numbers that are not finite."""
     given = [torch.as_tensor(x).double().cpu() for x in (mu1, sigma1, mu2, sigma2)]
+    shapes, d = [tuple(x.shape) for x in given], len(given[0])
+    if shapes != 2 * [(d,), (d, d)] or not all(x.isfinite().all() for x in given):
+        advice = "measure both sets anew, with the same --features"
+        raise BadInput(f"statistics of shapes {shapes} do not compare, or are not finite: {advice}")
     mu1, sigma1, mu2, sigma2 = given
     cross = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
@@ -203,7 +207,10 @@ def precision_recall(ref: Tensor, sample: Tensor, k: int = 3) -> tuple[float, fl
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (R, D) and (N, D).
     Around every point lies a ball that reaches to its k-th nearest neighbour in its own set.
     Precision is the share of the sample inside balls of the reference, recall the converse.
-    Exact. Both sets must have more than k points."""
+    Exact. Raises BadInput for k images or fewer."""
+    fewest = min(len(ref), len(sample))
+    if fewest <= k:
+        raise BadInput(f"{fewest} images are too few for k = {k}: bring at least {k + 1}")
     ref, sample = ref.double(), sample.double()
     ref_radii, sample_radii = squared_radii(ref, k), squared_radii(sample, k)
     hits, recalled = 0, torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
@@ -348,9 +355,8 @@ def build_features(name: str, weights: str, device, rank: int = 0) -> tuple[nn.M
         net = ma.build_teacher(ma.make_config(), ma.demo_shapes(ma.DEMO["image_size"]), "cpu", rank)
         resize = "none, bfloat16 on GPU"
     digest = digest or sha256(list(net.state_dict().values()))
-    return net.to(device).eval().requires_grad_(False), dict(
-        features=name, weights=digest, resize=resize
-    )
+    about = dict(features=name, weights=digest, resize=resize)
+    return net.to(device).eval().requires_grad_(False), about
 
 
 def extract(net: nn.Module, images: Tensor) -> tuple:

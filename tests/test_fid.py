@@ -583,6 +583,15 @@ def test_nothing_keeps_it_waiting_and_no_part_of_a_folder_is_passed_over(tmp_pat
         fid.open_images(folder)
 
 
+def test_too_few_points_and_statistics_that_do_not_fit_are_refused():
+    with pytest.raises(BadInput, match="3 images are too few .* k = 3: bring at least 4"):
+        fid.precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
+    eye = np.eye(3)
+    for given in ((eye[0], eye, eye[0, :2], eye[:2, :2]), (eye[0] * np.nan, eye, eye[0], eye)):
+        with pytest.raises(BadInput, match="do not compare, or are not finite: measure both"):
+            fid.frechet_distance(*given)
+
+
 def test_features_that_are_not_finite_are_refused(quick, monkeypatch):
     np.savez("a.npz", pictures())
     real = fid.extract
