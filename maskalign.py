@@ -729,10 +729,9 @@ class FolderImages(torchvision.datasets.DatasetFolder):
         image = torch.from_numpy(crop).permute(2, 0, 1)
         if self.cache is None:
             return image, label
-        # Another image of the same name has another date or length.
-        date, length = os.stat(path).st_mtime_ns, os.stat(path).st_size
-        name = f"{os.path.relpath(path, self.root)}-{self.size}-{date}-{length}.npy"
-        return image, label, os.path.join(self.cache, name)
+        stat = os.stat(path)  # another image of the same name has another date or length
+        name = f"{os.path.relpath(path, self.root)}-{self.size}-{stat.st_mtime_ns}-{stat.st_size}"
+        return image, label, os.path.join(self.cache, f"{name}.npy")
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
@@ -742,18 +741,17 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
             rows[file] = np.load(file).reshape(2 * channels, h, w)
-    missing = len(set(files)) - len(rows)
-    run.encoded += missing
+    missing = set(files) - rows.keys()
+    run.encoded += len(missing)
     if missing:  # all are encoded: a smaller batch would round otherwise
         encoded = encode_images(run.vae, images).half().cpu().numpy()
         if not np.isfinite(encoded).all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
-        for file, row in zip(files, encoded, strict=True):
-            if file not in rows:
-                rows[file] = row
-                with explained(f"cannot write {file}: make room, or name another --cache"):
-                    os.makedirs(os.path.dirname(file), exist_ok=True)
-                    np.save(file, row)
+        for file in missing:
+            rows[file] = encoded[files.index(file)]
+            with explained(f"cannot write {file}: make room, or name another --cache"):
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                np.save(file, rows[file])
     latents = np.stack([rows[file] for file in files])
     return torch.from_numpy(latents).to(run.device).float()
 
