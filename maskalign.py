@@ -155,8 +155,8 @@ def require(config: Config, name: str, fits: bool, rule: str) -> None:
 
 def make_config(kind: type = Config, /, **typed) -> Config:
     """Defaults of kind, then DEMO if no data, rows of SIZES and METHODS, typed. Raises BadInput."""
-    merged = {field.name: field.default for field in dataclasses.fields(kind)}
-    merged |= ({} if typed.get("data") else DEMO) | typed  # typed chooses the rows ...
+    demo = {} if typed.get("data") else DEMO
+    merged = dict(size=kind.size, method=kind.method) | demo | typed  # typed chooses the rows ...
     for name, table in (("size", kind.sizes), ("method", METHODS | {kind.method: {}})):
         if merged[name] not in table:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
@@ -190,7 +190,7 @@ def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds: set_up fills it, and a fork's draw_step sees it (its EMA, its step)."""
+    """What a run holds, for each part of the loop and a fork's draw_step; set_up fills it."""
 
     config: Config
     rank: int = 0
@@ -204,13 +204,13 @@ class Run:
     ema: nn.Module | None = None  # running average of the weights
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # steps done
-    sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last log line
-    encoded: int = 0  # images this process had to encode since then, as no latents were kept
     log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
+    sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last line
+    encoded: int = 0  # images that this process had to encode since then
 
 
 def seeded(device, *key) -> torch.Generator:
-    """A generator that depends on `key` alone: so a resumed run needs no stored random state."""
+    """A generator that depends on `key` alone: so a resumed run stores no random state."""
     digest = hashlib.sha256(repr(key).encode()).digest()[:7]
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
