@@ -942,7 +942,6 @@ def own_group(worker: int) -> None:
 
 def train(
     config: Config,
-    *,
     build_model=build_model,
     build_teacher=build_teacher,
     draw_step=draw_step,
@@ -999,8 +998,8 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
         if int(os.getenv("RANK", 0)) == 0:
             with explained(f"cannot lock {config.out}: does another run write there? end it first"):
                 os.makedirs(config.out, exist_ok=True)
-                lock = FileLock(Path(config.out, "run.lock"))
-                lock.acquire(timeout=2)  # until the process ends, however it does
+                lock = FileLock(Path(config.out, "run.lock"), timeout=2)
+                lock.acquire()  # until the process ends, however it does
         train(config, signals=signals)
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo
