@@ -217,8 +217,8 @@ def seeded(device, *key) -> torch.Generator:
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
-    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines, then an MLP. Made for DiT's t up to
-    1000; in [0, 1], as SiT has it, most sines are a multiple of t: enough to read t off."""
+    """t (...) -> (..., D): 128 cosines and 128 sines, then an MLP. Made for DiT's t up to 1000; in
+    SiT's [0, 1] most sines are a multiple of t: enough to read t off."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -248,7 +248,7 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class Block(nn.Module):
     """SiT block, h (N, K, D) -> same; the condition c (N, 1, D) sets shifts, scales and gates. All
-    start at zero (adaLN-Zero): at first h passes unchanged, until training moves the gates."""
+    start at zero (adaLN-Zero): at first h passes unchanged."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -326,8 +326,8 @@ class SiT(nn.Module):
         self.align_depth = config.align_depth if config.align_coeff > 0 else 0  # 0: none
         self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        # The last row is the null class, "no label": learned where labels are hidden, it lets one
-        # network also predict without a class, which guidance subtracts (see euler_ode).
+        # The last row is the null class, learned where labels are hidden: with it one network also
+        # predicts without a class, which guidance subtracts (see euler_ode).
         table = nn.Embedding(config.num_classes + 1, width)
         self.y_embedder = nn.ModuleDict(dict(embedding_table=table))
         if config.class_token:
@@ -355,8 +355,8 @@ class SiT(nn.Module):
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed  # before the mask: so a kept token knows its place
-        # The mixer, too, comes before the mask: a token that will be dropped still tells the others
-        # what it sees, as the kept ones must match a teacher that saw the whole image (Tab. 3).
+        # Before the mask, too: a token that will be dropped still tells the others what it sees, as
+        # the kept ones must match a teacher that saw the whole image (Tab. 3).
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -409,7 +409,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def draw_step(run: Run, generator: torch.Generator) -> dict:
     """Everything random in a step, for the whole batch of n images: vae_noise, for the encoder, and
     keywords of training_losses: ids_keep (n, K) or None (all tokens), t (n,), noise, cls_noise,
-    drop (n,), True where the label is hidden: the null class. A fork adds its own to both."""
+    drop (n,), True where the label becomes the null class. A fork adds its own to both."""
     config, n, ids_keep = run.config, run.config.batch_size, None
     on = dict(generator=generator, device=generator.device)
     if config.mask_ratio > 0:
