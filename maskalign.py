@@ -167,8 +167,7 @@ def make_config(kind: type = Config, /, **typed) -> Config:
         if rule and type(value) in (int, float):
             require(c, field.name, RULES[rule](value), rule)
     unit = c.patch_size * (1 if c.vae == "none" else 8)
-    rule = f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"
-    require(c, "image_size", c.image_size % unit == 0, rule)
+    require(c, "image_size", c.image_size % unit == 0, f"a multiple of {unit} for vae {c.vae}")
     require(c, "align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}")
     require(c, "hidden_size", c.hidden_size % 4 == 0, "a multiple of 4")
     require(c, "num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}")
@@ -500,8 +499,8 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
 
 
 class ViTTeacher(nn.Module):
-    """A timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, then patches.
-    "classifier": a tiny one, for build_teacher to train. Raises BadInput."""
+    """A timm ViT, "classifier" a tiny one to be trained: images uint8 (N, 3, H, W) -> normed tokens
+    (N, 1 + grid^2, dim), the class token first. Raises BadInput."""
 
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
@@ -735,8 +734,8 @@ class FolderImages(torchvision.datasets.DatasetFolder):
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of a batch's latents (N, 2C, h, w), from a float16 file for each image, written
-    when the image is first seen: what is written is what is used."""
+    """Mean and std of latents (N, 2C, h, w), each from its float16 file, written when the image is
+    first seen: what is written is what is used. Raises BadInput."""
     rows, (channels, h, w) = {}, run.config.latent_shape
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
@@ -752,8 +751,7 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
             with explained(f"cannot write {file}: make room, or name another --cache"):
                 os.makedirs(os.path.dirname(file), exist_ok=True)
                 np.save(file, rows[file])
-    latents = np.stack([rows[file] for file in files])
-    return torch.from_numpy(latents).to(run.device).float()
+    return torch.tensor(np.stack([rows[file] for file in files]), device=run.device).float()
 
 
 @torch.no_grad()
@@ -805,8 +803,8 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     # Data and frozen networks; they tell the classes and the teacher's width.
     folder, size = config.data, config.image_size
     dataset = FolderImages(folder, size) if folder else demo_shapes(size)
-    told = dict(num_classes=len(dataset.classes), class_names=tuple(dataset.classes))
-    config = dataclasses.replace(config, **told)
+    names = tuple(dataset.classes)
+    config = dataclasses.replace(config, num_classes=len(names), class_names=names)
     saved = read_latest(config)  # here already: bad input is told before the long work
     vae = build_vae(config, device)
     if folder and vae:
