@@ -293,6 +293,9 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
+SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
+
+
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=None) -> Tensor:
     """ids_keep (n, round((1 - mask_ratio) num_tokens)): uniform, for each image anew, ascending."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
@@ -308,9 +311,6 @@ def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token: bool = F
     if class_token:
         ids_keep = F.pad(ids_keep + 1, (1, 0))  # row 0 is the class token
     return tokens.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
 
 
 class SiT(nn.Module):
@@ -398,6 +398,10 @@ def build_model(config: Config) -> SiT:
 # square the best answer there is their mean velocity. How dense a crowd is changes by its mean flow
 # alone: so particles that start as noise and follow these means from t = 1 down to t = 0 have, at
 # each t, the distribution of the x_t, and end among the images, wherever each noise came from.
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. x (N, ...), t (N,)."""
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    return (1 - t) * x + t * noise
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -422,12 +426,6 @@ def draw_step(run: Run, generator: torch.Generator) -> dict:
         drop=torch.rand(n, **on) < config.label_dropout,
         vae_noise=torch.randn(n, *config.latent_shape, **on),
     )
-
-
-def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. x (N, ...), t (N,)."""
-    t = t.view(-1, *[1] * (x.ndim - 1))
-    return (1 - t) * x + t * noise
 
 
 def training_losses(model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None):
@@ -561,9 +559,8 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
 class AutoencoderKL:
     """Stable Diffusion's VAE: images (N, 3, H, W) in [-1, 1] <-> unscaled latents (N, 4, h, w)."""
 
-    scale = 0.18215  # gives latents a variance of about 1
-
     def __init__(self, state_dict: dict, path: str = "the state dict"):
+        self.scale = 0.18215  # gives latents a variance of about 1
         # Files of before 2023 have other names in the attention.
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
@@ -646,6 +643,8 @@ def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
 
 
 # ---- 7. Data: drawn shapes for the demo, image folders, latents that keep themselves -------------
+IMAGE_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
 SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1, y points down
     "disc": lambda x, y: x.hypot(y) - 0.9,
     "square": lambda x, y: x.abs().maximum(y.abs()) - 0.78,
@@ -698,10 +697,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("its range is unknown: save it with 8 or 16 bits")
     return image.convert("RGB")
-
-
-IMAGE_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
-IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
 
 
 class FolderImages(torchvision.datasets.DatasetFolder):
