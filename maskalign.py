@@ -481,9 +481,9 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
 
 
 # ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
-def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
+def read_weights(path: str | Path, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
-    Runs no code of a file. Raises BadInput: unreadable, or offline without a file."""
+    Runs no code of it. Raises BadInput: unreadable, or offline without a file."""
     advice = f": run once with internet, or pass {flag} FILE" if flag else ""
     with explained(f"cannot read {path or f'{filename} of {repo}'}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
@@ -700,8 +700,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class FolderImages(torchvision.datasets.DatasetFolder):
-    """class/*.jpg or train/class/*.jpg -> crop uint8 (3, S, S), label, and with a cache the file
-    for the image's latents. Raises BadInput."""
+    """Images of (train/)class/ -> uint8 (3, S, S), label[, file of latents]. Raises BadInput."""
 
     def __init__(self, folder: str, size: int):
         self.size, self.cache = size, None
@@ -836,7 +835,7 @@ def read_latest(config: Config) -> dict | None:
     path = Path(config.out, "latest.pt")
     if not path.exists():
         return None
-    saved = read_weights(str(path))
+    saved = read_weights(path)
     with explained(f"{path} is no checkpoint of this program: name another --out"):
         for field in dataclasses.fields(config):
             old, new = saved["config"].get(field.name), getattr(config, field.name)
@@ -897,12 +896,11 @@ def require_finite(run: Run) -> None:
         raise BadInput(f"step {run.step}: weights not finite, not saved: go on with a smaller --lr")
 
 
-def save(run: Run) -> None:
+def save(run: Run, milestone: bool) -> None:
     """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
     state = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
     state |= dict(step=run.step, sums=dict(run.sums), log=run.log)
     state["config"] = dataclasses.asdict(run.config)
-    milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
         with explained(f"cannot save {path}: make room, then type the same command"):
@@ -964,7 +962,7 @@ def train(
         if logs or saves:
             require_finite(run)
         if saves and run.rank == 0:
-            save(run)
+            save(run, milestone)
         if run.rank == 0 and not last and run.step % config.sample_every == 0:
             preview(run, sampler)
         if stopped:
