@@ -561,29 +561,30 @@ class AutoencoderKL:
 
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         self.scale = 0.18215  # gives latents a variance of about 1
-        # Files of before 2023 have other names in the attention.
-        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
-        self.tensors = dict(zip(names, state_dict.values(), strict=True))
+        since_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        self.tensors = {}
+        for name, value in state_dict.items():
+            parts = [since_2023.get(part, part) for part in name.split(".")]
+            self.tensors[".".join(parts)] = value
         with explained(f"{path} holds no SD-VAE"):  # one small image finds out
             blank = self.tensors["quant_conv.weight"].new_zeros(1, 3, 16, 16)
             self.decode(self.encode(blank)[0])
 
-    def layer(self, name: str) -> tuple:
+    def layer(self, name):
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
-    def norm(self, name: str, h: Tensor) -> Tensor:
+    def norm(self, name, h):
         return F.group_norm(h, 32, *self.layer(name), eps=1e-6)
 
-    def conv(self, name: str, h: Tensor) -> Tensor:
+    def conv(self, name, h):
         return F.conv2d(h, *self.layer(name), padding="same")
 
-    def resnet(self, name: str, x: Tensor) -> Tensor:
+    def resnet(self, name, x):
         h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)))
         h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)))
         return h + (x if h.shape == x.shape else self.conv(f"{name}.conv_shortcut", x))
 
-    def middle(self, name: str, x: Tensor) -> Tensor:
+    def middle(self, name, x):
         x, attn = self.resnet(f"{name}.resnets.0", x), f"{name}.attentions.0"
         h = self.norm(f"{attn}.group_norm", x).flatten(2).mT  # (N, HW, C)
         q, k, v = (F.linear(h, *self.layer(f"{attn}.to_{letter}")) for letter in "qkv")
@@ -667,10 +668,8 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
     distance = torch.stack([shape(x, y) for shape in SHAPES.values()])[labels, torch.arange(count)]
     inside = (0.5 - distance * radius).clamp(0, 1)  # antialiased
-
-    # The ground is dark and runs from one colour to another, the shape is brighter.
     start, end, paint = (torch.stack(u[i : i + 3], dim=1) for i in (4, 7, 10))  # (count, 3, 1, 1)
-    ground = 0.4 * (start + (end - start) * line / size)
+    ground = 0.4 * (start + (end - start) * line / size)  # darker than any shape
     images = torch.lerp(ground, 0.45 + 0.55 * paint, inside[:, None])
     dataset = TensorDataset((images * 255).to(torch.uint8), labels)
     dataset.classes = list(SHAPES)
