@@ -54,8 +54,6 @@ def explained(sentence: str):
     """Any error inside becomes BadInput: the sentence, and in brackets the error's first."""
     try:
         yield
-    except BadInput:  # it is explained already
-        raise
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:150]
         raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
@@ -708,8 +706,8 @@ class FolderImages(torchvision.datasets.DatasetFolder):
             if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
                 folder = train
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
-            for i in range(0, len(self), 1 + len(self) // 100):  # a look at some of them
-                self[i]
+        for i in range(0, len(self), 1 + len(self) // 100):  # a look at some of them
+            self[i]
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
@@ -836,11 +834,12 @@ def read_latest(config: Config) -> dict | None:
         return None
     saved = read_weights(path)
     with explained(f"{path} is no checkpoint of this program: name another --out"):
-        for field in dataclasses.fields(config):
-            old, new = saved["config"].get(field.name), getattr(config, field.name)
-            if old != new and not field.metadata.get("free"):
-                changed = f"{field.name} {old} there, {new} here"
-                raise BadInput(f"{path} has other settings ({changed}): name another --out")
+        then = dict(saved["config"])
+    for field in dataclasses.fields(config):
+        old, new = then.get(field.name), getattr(config, field.name)
+        if old != new and not field.metadata.get("free"):
+            changed = f"{field.name} {old} there, {new} here"
+            raise BadInput(f"{path} has other settings ({changed}): name another --out")
     return saved
 
 
