@@ -512,7 +512,7 @@ class ViTTeacher(nn.Module):
             repo = source["hf_hub_id"]
             state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
             with explained(f"{weights or repo} holds weights of another model"):
-                # From timm's or Meta's names; positions are resampled to our grid.
+                # Takes timm's or Meta's names; resamples the positions to our grid.
                 convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
                 missing, _ = self.vit.load_state_dict(convert(state, self.vit), strict=False)
                 if missing:  # it would stay random
@@ -725,8 +725,7 @@ class FolderImages(torchvision.datasets.DatasetFolder):
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of latents (N, 2C, h, w), each from its float16 file, written when the image is
-    first seen: what is written is what is used. Raises BadInput."""
+    """Mean and std of latents (N, 2C, h, w), kept in files from the first time. Raises BadInput."""
     rows, (channels, h, w) = {}, run.config.latent_shape
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
@@ -734,7 +733,7 @@ def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
     missing = set(files) - rows.keys()
     run.encoded += len(missing)
     if missing:  # all are encoded: a smaller batch would round otherwise
-        encoded = encode_images(run.vae, images).half().cpu().numpy()
+        encoded = encode_images(run.vae, images).half().cpu().numpy()  # what is written is used
         if not np.isfinite(encoded).all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
         for file in missing:
