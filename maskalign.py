@@ -560,10 +560,9 @@ class AutoencoderKL:
     def __init__(self, state_dict: dict, path: str = "the state dict"):
         self.scale = 0.18215  # gives latents a variance of about 1
         since_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        self.tensors = {}
-        for name, value in state_dict.items():
-            parts = [since_2023.get(part, part) for part in name.split(".")]
-            self.tensors[".".join(parts)] = value
+        self.tensors = state_dict
+        for old, new in since_2023.items():
+            self.tensors = {name.replace(old, new): value for name, value in self.tensors.items()}
         with explained(f"{path} holds no SD-VAE"):  # one small image finds out
             blank = self.tensors["quant_conv.weight"].new_zeros(1, 3, 16, 16)
             self.decode(self.encode(blank)[0])
@@ -702,9 +701,8 @@ class FolderImages(torchvision.datasets.DatasetFolder):
     def __init__(self, folder: str, size: int):
         self.size, self.cache = size, None
         with explained(f"--data {folder} must hold images as class/*.jpg"):
-            train = Path(folder, "train")
-            if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
-                folder = train
+            if any(Path(folder, "train").glob("*/")):  # without folders it is a class of this name
+                folder = Path(folder, "train")
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
         for i in range(0, len(self), 1 + len(self) // 100):  # a look at some of them
             self[i]
