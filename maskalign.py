@@ -880,9 +880,8 @@ def report(run: Run, images_per_s: float) -> None:
     run.sums, run.encoded, run.log = Counter(), 0, [*run.log, line]
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
-        # Written anew: so it forgets what a killed run did after its last save.
         text = "".join(json.dumps(line) + "\n" for line in run.log)
-        Path(run.config.out, "log.jsonl").write_text(text)
+        Path(run.config.out, "log.jsonl").write_text(text)  # anew: steps that a kill undid go
 
 
 def require_finite(run: Run) -> None:
@@ -907,9 +906,9 @@ def save(run: Run, milestone: bool) -> None:
 
 def preview(run: Run, sampler) -> None:
     """Draws 8 classes, a row of 8 images each, from the same noise every time."""
-    config, device = run.config, run.device
-    y = torch.arange(64, device=device) // 8 * config.num_classes // 8  # spread evenly
-    on = dict(generator=seeded(device, "preview", config.seed), device=device)
+    config = run.config
+    on = dict(generator=seeded(run.device, "preview", config.seed), device=run.device)
+    y = torch.arange(64, device=run.device) // 8 * config.num_classes // 8  # spread evenly
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None
     x = sampler(run.ema, noise, y, cls, num_steps=config.preview_steps, cfg_scale=2.0)
@@ -935,8 +934,8 @@ def train(
     sampler=euler_ode,
     signals=(),
 ) -> None:
-    """Trains from latest.pt on, if it is there. A fork hands in functions of its own for ours. Once
-    a rank finds a signal in `signals`, rank 0 saves after the step and all of them return."""
+    """Trains from latest.pt on, if it is there. A fork hands in functions of its own. Once a rank
+    finds a signal in `signals`, rank 0 saves after the step and all return. Raises BadInput."""
     run = set_up(config, build_model, build_teacher)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
