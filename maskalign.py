@@ -67,7 +67,7 @@ SIZES = {
     "SiT-XL/2": dict(hidden_size=1152, depth=28, num_heads=16, align_depth=8),
     "demo": dict(hidden_size=96, depth=6, num_heads=3, align_depth=3, projector_dim=256),
 }
-METHODS = {  # each method is one row of settings over the same model, loss and loop
+METHODS = {  # a row of settings each, over the same model, loss and loop
     "sit": dict(class_token=False, mixer_depth=0, mask_ratio=0.0, align_coeff=0.0),
     "repa": dict(class_token=False, mixer_depth=0, mask_ratio=0.0),
     "reg": dict(mixer_depth=0, mask_ratio=0.0),
@@ -76,7 +76,7 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
     "maskalign-no-mixing": dict(mixer_depth=0),  # Tab. 3
     "maskalign-no-masking": dict(mask_ratio=0.0),  # Tab. 3
 }
-# What holds without --data: small drawn shapes, and a run of minutes on a laptop.
+# Without --data: small drawn shapes, a run of minutes on a laptop.
 DEMO = dict(size="demo", image_size=24, patch_size=4, vae="none", teacher="classifier", workers=0)
 DEMO |= dict(batch_size=32, steps=2000, lr=3e-3, ema_decay=0.99, save_every=500)
 RULES = {  # what a number may be
@@ -203,7 +203,7 @@ class Run:
     step: int = 0  # steps done
     log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
     sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last line
-    encoded: int = 0  # images that this process had to encode since then
+    encoded: int = 0  # images that this process encoded since then
 
 
 def seeded(device, *key) -> torch.Generator:
@@ -245,7 +245,7 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class Block(nn.Module):
     """SiT block, h (N, K, D) -> same; the condition c (N, 1, D) sets shifts, scales and gates. All
-    start at zero (adaLN-Zero): at first h passes unchanged."""
+    start at zero (adaLN-Zero): at first h passes unchanged, until training moves the gates."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -533,7 +533,7 @@ class ViTTeacher(nn.Module):
 
 
 def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> ViTTeacher | None:
-    """The frozen teacher of a run, or None; the demo trains its own on clean images, in seconds."""
+    """The frozen teacher of a run, or None; the demo trains its own on clean images."""
     if not config.class_token and config.align_coeff == 0:
         return None
     torch.manual_seed(config.seed)
@@ -783,7 +783,7 @@ def setup_distributed() -> tuple:
 
 
 def set_up(config: Config, build_model, build_teacher) -> Run:
-    """Processes, data, frozen networks, the model and its checkpoint. Raises BadInput."""
+    """Processes, data, frozen networks, model, checkpoint. Raises BadInput."""
     rank, world_size, device = setup_distributed()
     rule = f"a multiple of {world_size} processes x accum {config.accum}"
     require(config, "batch_size", config.batch_size % (world_size * config.accum) == 0, rule)
@@ -793,7 +793,7 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     dataset = FolderImages(folder, size) if folder else demo_shapes(size)
     names = tuple(dataset.classes)
     config = dataclasses.replace(config, num_classes=len(names), class_names=names)
-    saved = read_latest(config)  # here already: bad input is told before the long work
+    saved = read_latest(config)  # here: bad input is told before the long work
     vae = build_vae(config, device)
     if folder and vae:
         weights = b"".join(value.cpu().numpy().tobytes() for value in vae.tensors.values())
@@ -905,7 +905,7 @@ def save(run: Run, milestone: bool) -> None:
 
 
 def preview(run: Run, sampler) -> None:
-    """Draws 8 classes, a row of 8 images each, from the same noise every time."""
+    """Draws 8 images each of 8 classes, from the same noise every time."""
     config = run.config
     on = dict(generator=seeded(run.device, "preview", config.seed), device=run.device)
     y = torch.arange(64, device=run.device) // 8 * config.num_classes // 8  # spread evenly
