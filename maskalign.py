@@ -54,8 +54,6 @@ def explained(sentence: str):
     """Any error inside becomes BadInput: the sentence, and in brackets the error's first."""
     try:
         yield
-    except BadInput:  # it is explained already
-        raise
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:150]
         raise BadInput(f"{sentence} ({type(error).__name__}: {reason})") from error
@@ -69,7 +67,7 @@ SIZES = {
     "SiT-XL/2": dict(hidden_size=1152, depth=28, num_heads=16, align_depth=8),
     "demo": dict(hidden_size=96, depth=6, num_heads=3, align_depth=3, projector_dim=256),
 }
-METHODS = {  # each method is one row of settings over the same model, loss and loop
+METHODS = {  # a row of settings each, over the same model, loss and loop
     "sit": dict(class_token=False, mixer_depth=0, mask_ratio=0.0, align_coeff=0.0),
     "repa": dict(class_token=False, mixer_depth=0, mask_ratio=0.0),
     "reg": dict(mixer_depth=0, mask_ratio=0.0),
@@ -78,7 +76,7 @@ METHODS = {  # each method is one row of settings over the same model, loss and 
     "maskalign-no-mixing": dict(mixer_depth=0),  # Tab. 3
     "maskalign-no-masking": dict(mask_ratio=0.0),  # Tab. 3
 }
-# What holds without --data: small drawn shapes, and a run of minutes on a laptop.
+# Without --data: small drawn shapes, a run of minutes on a laptop.
 DEMO = dict(size="demo", image_size=24, patch_size=4, vae="none", teacher="classifier", workers=0)
 DEMO |= dict(batch_size=32, steps=2000, lr=3e-3, ema_decay=0.99, save_every=500)
 RULES = {  # what a number may be
@@ -155,8 +153,8 @@ def require(config: Config, name: str, fits: bool, rule: str) -> None:
 
 def make_config(kind: type = Config, /, **typed) -> Config:
     """Defaults of kind, then DEMO if no data, rows of SIZES and METHODS, typed. Raises BadInput."""
-    merged = {field.name: field.default for field in dataclasses.fields(kind)}
-    merged |= ({} if typed.get("data") else DEMO) | typed  # typed chooses the rows ...
+    demo = {} if typed.get("data") else DEMO
+    merged = dict(size=kind.size, method=kind.method) | demo | typed  # typed chooses the rows ...
     for name, table in (("size", kind.sizes), ("method", METHODS | {kind.method: {}})):
         if merged[name] not in table:
             raise BadInput(f"unknown {name} {merged[name]!r}: choose from {', '.join(table)}")
@@ -167,8 +165,7 @@ def make_config(kind: type = Config, /, **typed) -> Config:
         if rule and type(value) in (int, float):
             require(c, field.name, RULES[rule](value), rule)
     unit = c.patch_size * (1 if c.vae == "none" else 8)
-    rule = f"a multiple of {unit} for vae {c.vae} and patch_size {c.patch_size}"
-    require(c, "image_size", c.image_size % unit == 0, rule)
+    require(c, "image_size", c.image_size % unit == 0, f"a multiple of {unit} for vae {c.vae}")
     require(c, "align_depth", c.align_depth <= c.depth, f"at most the depth, {c.depth}")
     require(c, "hidden_size", c.hidden_size % 4 == 0, "a multiple of 4")
     require(c, "num_heads", c.hidden_size % c.num_heads == 0, f"a divisor of {c.hidden_size}")
@@ -190,7 +187,7 @@ def parse_config(argv: list | None = None, kind: type = Config, doc: str = __doc
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds: set_up fills it, and a fork's draw_step sees it (its EMA, its step)."""
+    """What a run holds, for each part of the loop and a fork's draw_step; set_up fills it."""
 
     config: Config
     rank: int = 0
@@ -204,21 +201,21 @@ class Run:
     ema: nn.Module | None = None  # running average of the weights
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # steps done
-    sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last log line
-    encoded: int = 0  # images this process had to encode since then, as no latents were kept
     log: list = dataclasses.field(default_factory=list)  # the lines of log.jsonl
+    sums: Counter = dataclasses.field(default_factory=Counter)  # of losses since the last line
+    encoded: int = 0  # images that this process encoded since then
 
 
 def seeded(device, *key) -> torch.Generator:
-    """A generator that depends on `key` alone: so a resumed run needs no stored random state."""
+    """A generator that depends on `key` alone: so a resumed run stores no random state."""
     digest = hashlib.sha256(repr(key).encode()).digest()[:7]
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 # ---- 2. Building blocks of SiT; attribute names are DiT's, so that published weights load --------
 class TimestepEmbedder(nn.Module):
-    """t (...) in [0, 1] -> (..., D): 128 cosines and 128 sines, then an MLP. Made for DiT's t up to
-    1000; in [0, 1], as SiT has it, most sines are a multiple of t: enough to read t off."""
+    """t (...) -> (..., D): 128 cosines and 128 sines, then an MLP. Made for DiT's t up to 1000; in
+    SiT's [0, 1] most sines are a multiple of t: enough to read t off."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -294,6 +291,9 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 
 # ---- 3. The method: a random token subset, after a light mixing block (Sec. 5.1) -----------------
+SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
+
+
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=None) -> Tensor:
     """ids_keep (n, round((1 - mask_ratio) num_tokens)): uniform, for each image anew, ascending."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
@@ -311,9 +311,6 @@ def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token: bool = F
     return tokens.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
-
-
 class SiT(nn.Module):
     """SiT with REPA's projector, REG's class token, and the mixer: blocks before the mask."""
 
@@ -326,8 +323,8 @@ class SiT(nn.Module):
         self.align_depth = config.align_depth if config.align_coeff > 0 else 0  # 0: none
         self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        # The last row is the null class, "no label": learned where labels are hidden, it lets one
-        # network also predict without a class, which guidance subtracts (see euler_ode).
+        # The last row is the null class, learned where labels are hidden: with it one network also
+        # predicts without a class, which guidance subtracts (see euler_ode).
         table = nn.Embedding(config.num_classes + 1, width)
         self.y_embedder = nn.ModuleDict(dict(embedding_table=table))
         if config.class_token:
@@ -355,8 +352,8 @@ class SiT(nn.Module):
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed  # before the mask: so a kept token knows its place
-        # The mixer, too, comes before the mask: a token that will be dropped still tells the others
-        # what it sees, as the kept ones must match a teacher that saw the whole image (Tab. 3).
+        # Before the mask, too: a token that will be dropped still tells the others what it sees, as
+        # the kept ones must match a teacher that saw the whole image (Tab. 3).
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -399,6 +396,10 @@ def build_model(config: Config) -> SiT:
 # square the best answer there is their mean velocity. How dense a crowd is changes by its mean flow
 # alone: so particles that start as noise and follow these means from t = 1 down to t = 0 have, at
 # each t, the distribution of the x_t, and end among the images, wherever each noise came from.
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. x (N, ...), t (N,)."""
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    return (1 - t) * x + t * noise
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -409,7 +410,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def draw_step(run: Run, generator: torch.Generator) -> dict:
     """Everything random in a step, for the whole batch of n images: vae_noise, for the encoder, and
     keywords of training_losses: ids_keep (n, K) or None (all tokens), t (n,), noise, cls_noise,
-    drop (n,), True where the label is hidden: the null class. A fork adds its own to both."""
+    drop (n,), True where the label becomes the null class. A fork adds its own to both."""
     config, n, ids_keep = run.config, run.config.batch_size, None
     on = dict(generator=generator, device=generator.device)
     if config.mask_ratio > 0:
@@ -423,12 +424,6 @@ def draw_step(run: Run, generator: torch.Generator) -> dict:
         drop=torch.rand(n, **on) < config.label_dropout,
         vae_noise=torch.randn(n, *config.latent_shape, **on),
     )
-
-
-def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. x (N, ...), t (N,)."""
-    t = t.view(-1, *[1] * (x.ndim - 1))
-    return (1 - t) * x + t * noise
 
 
 def training_losses(model, x, y, z, config, *, t, noise, drop, cls_noise=None, ids_keep=None):
@@ -484,9 +479,9 @@ def euler_ode(model, x, y, cls=None, *, num_steps: int = 50, cfg_scale: float = 
 
 
 # ---- 6. Frozen networks: the teacher and the SD-VAE ----------------------------------------------
-def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") -> dict:
+def read_weights(path: str | Path, repo: str = "", filename: str = "", flag: str = "") -> dict:
     """State dict of `path` (.safetensors or .pth), or of a file on the hub where path is empty.
-    Runs no code of a file. Raises BadInput: unreadable, or offline without a file."""
+    Runs no code of it. Raises BadInput: unreadable, or offline without a file."""
     advice = f": run once with internet, or pass {flag} FILE" if flag else ""
     with explained(f"cannot read {path or f'{filename} of {repo}'}{advice}"):
         path = path or huggingface_hub.try_to_load_from_cache(repo, filename)
@@ -500,8 +495,8 @@ def read_weights(path: str, repo: str = "", filename: str = "", flag: str = "") 
 
 
 class ViTTeacher(nn.Module):
-    """A timm ViT: uint8 (N, 3, H, W) -> (N, 1 + grid^2, dim), normed: class token, then patches.
-    "classifier": a tiny one, for build_teacher to train. Raises BadInput."""
+    """A timm ViT, "classifier" a tiny one to be trained: images uint8 (N, 3, H, W) -> normed tokens
+    (N, 1 + grid^2, dim), the class token first. Raises BadInput."""
 
     def __init__(self, name: str, grid: int, weights: str = ""):
         super().__init__()
@@ -517,7 +512,7 @@ class ViTTeacher(nn.Module):
             repo = source["hf_hub_id"]
             state = read_weights(weights, repo, "model.safetensors", "--teacher_weights")
             with explained(f"{weights or repo} holds weights of another model"):
-                # From timm's or Meta's names; positions are resampled to our grid.
+                # Takes timm's or Meta's names; resamples the positions to our grid.
                 convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
                 missing, _ = self.vit.load_state_dict(convert(state, self.vit), strict=False)
                 if missing:  # it would stay random
@@ -538,7 +533,7 @@ class ViTTeacher(nn.Module):
 
 
 def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> ViTTeacher | None:
-    """The frozen teacher of a run, or None; the demo trains its own on clean images, in seconds."""
+    """The frozen teacher of a run, or None; the demo trains its own on clean images."""
     if not config.class_token and config.align_coeff == 0:
         return None
     torch.manual_seed(config.seed)
@@ -562,32 +557,31 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
 class AutoencoderKL:
     """Stable Diffusion's VAE: images (N, 3, H, W) in [-1, 1] <-> unscaled latents (N, 4, h, w)."""
 
-    scale = 0.18215  # gives latents a variance of about 1
-
     def __init__(self, state_dict: dict, path: str = "the state dict"):
-        # Files of before 2023 have other names in the attention.
-        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        names = [".".join(new.get(part, part) for part in name.split(".")) for name in state_dict]
-        self.tensors = dict(zip(names, state_dict.values(), strict=True))
+        self.scale = 0.18215  # gives latents a variance of about 1
+        since_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        self.tensors = state_dict
+        for old, new in since_2023.items():
+            self.tensors = {name.replace(old, new): value for name, value in self.tensors.items()}
         with explained(f"{path} holds no SD-VAE"):  # one small image finds out
             blank = self.tensors["quant_conv.weight"].new_zeros(1, 3, 16, 16)
             self.decode(self.encode(blank)[0])
 
-    def layer(self, name: str) -> tuple:
+    def layer(self, name):
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
-    def norm(self, name: str, h: Tensor) -> Tensor:
+    def norm(self, name, h):
         return F.group_norm(h, 32, *self.layer(name), eps=1e-6)
 
-    def conv(self, name: str, h: Tensor) -> Tensor:
+    def conv(self, name, h):
         return F.conv2d(h, *self.layer(name), padding="same")
 
-    def resnet(self, name: str, x: Tensor) -> Tensor:
+    def resnet(self, name, x):
         h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)))
         h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)))
         return h + (x if h.shape == x.shape else self.conv(f"{name}.conv_shortcut", x))
 
-    def middle(self, name: str, x: Tensor) -> Tensor:
+    def middle(self, name, x):
         x, attn = self.resnet(f"{name}.resnets.0", x), f"{name}.attentions.0"
         h = self.norm(f"{attn}.group_norm", x).flatten(2).mT  # (N, HW, C)
         q, k, v = (F.linear(h, *self.layer(f"{attn}.to_{letter}")) for letter in "qkv")
@@ -647,6 +641,8 @@ def decode_latents(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
 
 
 # ---- 7. Data: drawn shapes for the demo, image folders, latents that keep themselves -------------
+IMAGE_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
 SHAPES = {  # class: signed distance at (x, y), negative inside; radius about 1, y points down
     "disc": lambda x, y: x.hypot(y) - 0.9,
     "square": lambda x, y: x.abs().maximum(y.abs()) - 0.78,
@@ -669,10 +665,8 @@ def demo_shapes(size: int, count: int = 8192) -> TensorDataset:
     x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
     distance = torch.stack([shape(x, y) for shape in SHAPES.values()])[labels, torch.arange(count)]
     inside = (0.5 - distance * radius).clamp(0, 1)  # antialiased
-
-    # The ground is dark and runs from one colour to another, the shape is brighter.
     start, end, paint = (torch.stack(u[i : i + 3], dim=1) for i in (4, 7, 10))  # (count, 3, 1, 1)
-    ground = 0.4 * (start + (end - start) * line / size)
+    ground = 0.4 * (start + (end - start) * line / size)  # darker than any shape
     images = torch.lerp(ground, 0.45 + 0.55 * paint, inside[:, None])
     dataset = TensorDataset((images * 255).to(torch.uint8), labels)
     dataset.classes = list(SHAPES)
@@ -701,23 +695,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-IMAGE_SUFFIXES = torchvision.datasets.folder.IMG_EXTENSIONS
-IMAGE_SUFFIXES += (".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".jpx")
-
-
 class FolderImages(torchvision.datasets.DatasetFolder):
-    """class/*.jpg or train/class/*.jpg -> crop uint8 (3, S, S), label, and with a cache the file
-    for the image's latents. Raises BadInput."""
+    """Images of (train/)class/ -> uint8 (3, S, S), label[, file of latents]. Raises BadInput."""
 
     def __init__(self, folder: str, size: int):
         self.size, self.cache = size, None
         with explained(f"--data {folder} must hold images as class/*.jpg"):
-            train = Path(folder, "train")
-            if any(entry.is_dir() for entry in train.glob("*")):  # else a class may be called so
-                folder = train
+            if any(Path(folder, "train").glob("*/")):  # without folders it is a class of this name
+                folder = Path(folder, "train")
             super().__init__(folder, loader=Image.open, extensions=IMAGE_SUFFIXES)
-            for i in range(0, len(self), 1 + len(self) // 100):  # a look at some of them
-                self[i]
+        for i in range(0, len(self), 1 + len(self) // 100):  # a look at some of them
+            self[i]
 
     def __getitem__(self, i: int) -> tuple:
         path, label = self.samples[i]
@@ -729,33 +717,29 @@ class FolderImages(torchvision.datasets.DatasetFolder):
         image = torch.from_numpy(crop).permute(2, 0, 1)
         if self.cache is None:
             return image, label
-        # Another image of the same name has another date or length.
-        date, length = os.stat(path).st_mtime_ns, os.stat(path).st_size
-        name = f"{os.path.relpath(path, self.root)}-{self.size}-{date}-{length}.npy"
-        return image, label, os.path.join(self.cache, name)
+        stat = os.stat(path)  # another image of the same name has another date or length
+        name = f"{os.path.relpath(path, self.root)}-{self.size}-{stat.st_mtime_ns}-{stat.st_size}"
+        return image, label, os.path.join(self.cache, f"{name}.npy")
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of a batch's latents (N, 2C, h, w), from a float16 file for each image, written
-    when the image is first seen: what is written is what is used."""
+    """Mean and std of latents (N, 2C, h, w), kept in files from the first time. Raises BadInput."""
     rows, (channels, h, w) = {}, run.config.latent_shape
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
             rows[file] = np.load(file).reshape(2 * channels, h, w)
-    missing = len(set(files)) - len(rows)
-    run.encoded += missing
+    missing = set(files) - rows.keys()
+    run.encoded += len(missing)
     if missing:  # all are encoded: a smaller batch would round otherwise
-        encoded = encode_images(run.vae, images).half().cpu().numpy()
+        encoded = encode_images(run.vae, images).half().cpu().numpy()  # what is written is used
         if not np.isfinite(encoded).all():
             raise BadInput(f"{run.config.vae} gives latents that are not finite: name another")
-        for file, row in zip(files, encoded, strict=True):
-            if file not in rows:
-                rows[file] = row
-                with explained(f"cannot write {file}: make room, or name another --cache"):
-                    os.makedirs(os.path.dirname(file), exist_ok=True)
-                    np.save(file, row)
-    latents = np.stack([rows[file] for file in files])
-    return torch.from_numpy(latents).to(run.device).float()
+        for file in missing:
+            rows[file] = encoded[files.index(file)]
+            with explained(f"cannot write {file}: make room, or name another --cache"):
+                os.makedirs(os.path.dirname(file), exist_ok=True)
+                np.save(file, rows[file])
+    return torch.tensor(np.stack([rows[file] for file in files]), device=run.device).float()
 
 
 @torch.no_grad()
@@ -799,7 +783,7 @@ def setup_distributed() -> tuple:
 
 
 def set_up(config: Config, build_model, build_teacher) -> Run:
-    """Processes, data, frozen networks, the model and its checkpoint. Raises BadInput."""
+    """Processes, data, frozen networks, model, checkpoint. Raises BadInput."""
     rank, world_size, device = setup_distributed()
     rule = f"a multiple of {world_size} processes x accum {config.accum}"
     require(config, "batch_size", config.batch_size % (world_size * config.accum) == 0, rule)
@@ -807,9 +791,9 @@ def set_up(config: Config, build_model, build_teacher) -> Run:
     # Data and frozen networks; they tell the classes and the teacher's width.
     folder, size = config.data, config.image_size
     dataset = FolderImages(folder, size) if folder else demo_shapes(size)
-    told = dict(num_classes=len(dataset.classes), class_names=tuple(dataset.classes))
-    config = dataclasses.replace(config, **told)
-    saved = read_latest(config)  # here already: bad input is told before the long work
+    names = tuple(dataset.classes)
+    config = dataclasses.replace(config, num_classes=len(names), class_names=names)
+    saved = read_latest(config)  # here: bad input is told before the long work
     vae = build_vae(config, device)
     if folder and vae:
         weights = b"".join(value.cpu().numpy().tobytes() for value in vae.tensors.values())
@@ -845,13 +829,14 @@ def read_latest(config: Config) -> dict | None:
     path = Path(config.out, "latest.pt")
     if not path.exists():
         return None
-    saved = read_weights(str(path))
+    saved = read_weights(path)
     with explained(f"{path} is no checkpoint of this program: name another --out"):
-        for field in dataclasses.fields(config):
-            old, new = saved["config"].get(field.name), getattr(config, field.name)
-            if old != new and not field.metadata.get("free"):
-                changed = f"{field.name} {old} there, {new} here"
-                raise BadInput(f"{path} has other settings ({changed}): name another --out")
+        then = dict(saved["config"])
+    for field in dataclasses.fields(config):
+        old, new = then.get(field.name), getattr(config, field.name)
+        if old != new and not field.metadata.get("free"):
+            changed = f"{field.name} {old} there, {new} here"
+            raise BadInput(f"{path} has other settings ({changed}): name another --out")
     return saved
 
 
@@ -895,9 +880,8 @@ def report(run: Run, images_per_s: float) -> None:
     run.sums, run.encoded, run.log = Counter(), 0, [*run.log, line]
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
-        # Written anew: so it forgets what a killed run did after its last save.
         text = "".join(json.dumps(line) + "\n" for line in run.log)
-        Path(run.config.out, "log.jsonl").write_text(text)
+        Path(run.config.out, "log.jsonl").write_text(text)  # anew: steps that a kill undid go
 
 
 def require_finite(run: Run) -> None:
@@ -906,12 +890,11 @@ def require_finite(run: Run) -> None:
         raise BadInput(f"step {run.step}: weights not finite, not saved: go on with a smaller --lr")
 
 
-def save(run: Run) -> None:
+def save(run: Run, milestone: bool) -> None:
     """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
     state = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
     state |= dict(step=run.step, sums=dict(run.sums), log=run.log)
     state["config"] = dataclasses.asdict(run.config)
-    milestone = run.step % run.config.milestone_every == 0
     for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
         with explained(f"cannot save {path}: make room, then type the same command"):
@@ -922,10 +905,10 @@ def save(run: Run) -> None:
 
 
 def preview(run: Run, sampler) -> None:
-    """Draws 8 classes, a row of 8 images each, from the same noise every time."""
-    config, device = run.config, run.device
-    y = torch.arange(64, device=device) // 8 * config.num_classes // 8  # spread evenly
-    on = dict(generator=seeded(device, "preview", config.seed), device=device)
+    """Draws 8 images each of 8 classes, from the same noise every time."""
+    config = run.config
+    on = dict(generator=seeded(run.device, "preview", config.seed), device=run.device)
+    y = torch.arange(64, device=run.device) // 8 * config.num_classes // 8  # spread evenly
     noise = torch.randn(64, *config.latent_shape, **on)
     cls = torch.randn(64, config.z_dim, **on) if config.class_token else None
     x = sampler(run.ema, noise, y, cls, num_steps=config.preview_steps, cfg_scale=2.0)
@@ -944,7 +927,6 @@ def own_group(worker: int) -> None:
 
 def train(
     config: Config,
-    *,
     build_model=build_model,
     build_teacher=build_teacher,
     draw_step=draw_step,
@@ -952,8 +934,8 @@ def train(
     sampler=euler_ode,
     signals=(),
 ) -> None:
-    """Trains from latest.pt on, if it is there. A fork hands in functions of its own for ours. Once
-    a rank finds a signal in `signals`, rank 0 saves after the step and all of them return."""
+    """Trains from latest.pt on, if it is there. A fork hands in functions of its own. Once a rank
+    finds a signal in `signals`, rank 0 saves after the step and all return. Raises BadInput."""
     run = set_up(config, build_model, build_teacher)
     how = dict(num_workers=config.workers, worker_init_fn=own_group)
     how["pin_memory"] = run.device.type == "cuda"
@@ -974,7 +956,7 @@ def train(
         if logs or saves:
             require_finite(run)
         if saves and run.rank == 0:
-            save(run)
+            save(run, milestone)
         if run.rank == 0 and not last and run.step % config.sample_every == 0:
             preview(run, sampler)
         if stopped:
@@ -1001,8 +983,8 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
         if int(os.getenv("RANK", 0)) == 0:
             with explained(f"cannot lock {config.out}: does another run write there? end it first"):
                 os.makedirs(config.out, exist_ok=True)
-                lock = FileLock(Path(config.out, "run.lock"))
-                lock.acquire(timeout=2)  # until the process ends, however it does
+                lock = FileLock(Path(config.out, "run.lock"), timeout=2)
+                lock.acquire()  # until the process ends, however it does
         train(config, signals=signals)
         if dist.is_initialized():
             dist.destroy_process_group()  # not in train: its DDP, still alive, could hang gloo

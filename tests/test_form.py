@@ -19,8 +19,8 @@ def functions(file):
 def test_the_chapter_is_read_in_one_evening():
     file = ROOT / "maskalign.py"
     # What it may not outgrow; the aim is 950 lines and 48 KB, which it does not meet yet.
-    assert len(file.read_text().splitlines()) <= 1000
-    assert file.stat().st_size <= 53 * 1024
+    assert len(file.read_text().splitlines()) <= 999
+    assert file.stat().st_size <= 54266
 
 
 @pytest.mark.parametrize("name", ["maskalign.py", "sample.py", "fid.py"])
