@@ -557,15 +557,12 @@ def build_teacher(config: Config, dataset: Dataset, device, rank: int = 0) -> Vi
 class AutoencoderKL:
     """Stable Diffusion's VAE: images (N, 3, H, W) in [-1, 1] <-> unscaled latents (N, 4, h, w)."""
 
-    def __init__(self, state_dict: dict, path: str = "the state dict"):
+    def __init__(self, state_dict: dict):
         self.scale = 0.18215  # gives latents a variance of about 1
         since_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         self.tensors = state_dict
         for old, new in since_2023.items():
             self.tensors = {name.replace(old, new): value for name, value in self.tensors.items()}
-        with explained(f"{path} holds no SD-VAE"):  # one small image finds out
-            blank = self.tensors["quant_conv.weight"].new_zeros(1, 3, 16, 16)
-            self.decode(self.encode(blank)[0])
 
     def layer(self, name):
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
@@ -614,13 +611,15 @@ class AutoencoderKL:
 
 
 def build_vae(config: Config, device) -> AutoencoderKL | None:
-    """The SD-VAE of a run, in float32; None in pixel space."""
+    """The SD-VAE of a run, in float32; None in pixel space. Raises BadInput."""
     if config.vae == "none":
         return None
     path, file = config.vae_weights, "diffusion_pytorch_model.safetensors"
     state = read_weights(path, config.vae, file, "--vae_weights")
-    state = {name: value.to(device).float() for name, value in state.items()}
-    return AutoencoderKL(state, path or config.vae)
+    with explained(f"{path or config.vae} holds no SD-VAE"):  # one small image finds out
+        vae = AutoencoderKL({name: value.to(device).float() for name, value in state.items()})
+        vae.decode(vae.encode(torch.zeros(1, 3, 16, 16, device=device))[0])
+    return vae
 
 
 def encode_images(vae: AutoencoderKL | None, images: Tensor) -> Tensor:
@@ -891,11 +890,11 @@ def require_finite(run: Run) -> None:
 
 
 def save(run: Run, milestone: bool) -> None:
-    """Writes latest.pt, and step-N.pt at a milestone: a kill leaves the file of before, whole."""
+    """Writes latest.pt, before it step-N.pt at a milestone: a kill leaves the files of before."""
     state = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
     state |= dict(step=run.step, sums=dict(run.sums), log=run.log)
     state["config"] = dataclasses.asdict(run.config)
-    for name in ["latest.pt"] + [f"step-{run.step:07d}.pt"] * milestone:
+    for name in [f"step-{run.step:07d}.pt"] * milestone + ["latest.pt"]:
         path, beside = Path(run.config.out, name), Path(run.config.out, "unfinished.tmp")
         with explained(f"cannot save {path}: make room, then type the same command"):
             torch.save(state, beside)
@@ -927,6 +926,7 @@ def own_group(worker: int) -> None:
 
 def train(
     config: Config,
+    *,
     build_model=build_model,
     build_teacher=build_teacher,
     draw_step=draw_step,
@@ -981,7 +981,7 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
     try:
         config = parse_config(kind=kind, doc=doc)
         if int(os.getenv("RANK", 0)) == 0:
-            with explained(f"cannot lock {config.out}: does another run write there? end it first"):
+            with explained(f"cannot lock {config.out}: end the run in there, or name another"):
                 os.makedirs(config.out, exist_ok=True)
                 lock = FileLock(Path(config.out, "run.lock"), timeout=2)
                 lock.acquire()  # until the process ends, however it does

@@ -78,8 +78,8 @@ class Killed(BaseException):
 def test_killed_at_each_moment_of_a_save_it_ends_bit_equal(
     operation, file, whole, tmp_path, monkeypatch
 ):
-    """In the second save, of step 4; it writes latest.pt first, and then a milestone."""
-    at, calls = 2 + (file == "milestone"), []
+    """In the second save, of step 4; it writes a milestone first, and then latest.pt."""
+    at, calls = 2 + (file == "latest.pt"), []
     module = torch if operation == "save" else os
     real = getattr(module, operation)
 
@@ -95,11 +95,13 @@ def test_killed_at_each_moment_of_a_save_it_ends_bit_equal(
         patch.setattr(module, operation, killed)
         with pytest.raises(Killed):
             train(config(tmp_path, milestone_every=4))
-    assert checkpoint(tmp_path)["step"] == (2 if file == "latest.pt" else 4)
-    assert not (tmp_path / "step-0000004.pt").exists()
+    assert checkpoint(tmp_path)["step"] == 2
+    assert (tmp_path / "step-0000004.pt").exists() == (file == "latest.pt")
     train(config(tmp_path, milestone_every=4))
     assert_equal_runs(whole, tmp_path)
-    assert not list(tmp_path.glob("*.tmp")) and (tmp_path / "step-0000008.pt").exists()
+    kept = sorted(path.name for path in tmp_path.glob("*[!k]"))
+    assert kept[:3] == ["latest.pt", "log.jsonl", "samples-0000008.png"]
+    assert kept[3:] == ["step-0000004.pt", "step-0000008.pt"]
 
 
 def contents(folder):
@@ -161,7 +163,7 @@ def test_a_second_run_in_the_same_folder_is_one_sentence(tmp_path):
     (first,) = start(tmp_path, "--steps=100000", "--save_every=100000")
     (second,) = start_ranks(1, "maskalign.py", *flags_of(tmp_path))
     status, shown, errors = second.end(timeout=60)
-    sentence = f"maskalign.py: cannot lock {tmp_path}: does another run write there? end it first"
+    sentence = f"maskalign.py: cannot lock {tmp_path}: end the run in there, or name another"
     assert status == 1 and shown == "" and errors.startswith(sentence), errors
     assert errors.count("\n") == 1 and first.runs()
     first.kill()
