@@ -1,10 +1,11 @@
 """Mean and standard deviation over seeds: as a table, and as lines with bands. See effect.py."""
 
+import itertools
 import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from curves import COLOURS, draw_text, ticks
+from curves import COLOURS, draw_text
 from PIL import Image, ImageDraw
 
 MEASURES = dict(
@@ -42,56 +43,65 @@ def as_markdown(table: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
 
 
-def draw_panel(draw, left: int, top: int, lines: dict, marks: list) -> dict:
-    """Lines {name: [(x, mean, std), ...]} with bands of one std, and a grid at x of `marks`; equal
-    ways along x are equal factors. Returns the heights {name: y} at which the lines end."""
-    xs, lows, highs = zip(
-        *((x, m - s, m + s) for line in lines.values() for x, m, s in line), strict=True
-    )
-    margin = 0.05 * (max(highs) - min(lows)) or 0.1
-    first, low, high = min(xs), min(lows) - margin, max(highs) + margin
+def log_above_1(value: float) -> float:
+    """What a band may be below 1, or even 0, is not drawn."""
+    return math.log(max(value, 1.0))
+
+
+def draw_panel(draw, left: int, top: int, lines: dict, x_marks: dict, y_marks: dict) -> dict:
+    """Lines {method: [(x, low, middle, high), ...]} with bands from low to high, over a grid of
+    marks {place: label}. Returns the heights {method: y} at which the lines end."""
+    xs, lows, _, highs = zip(*itertools.chain(*lines.values()), strict=True)
+    x_margin, margin = (0.05 * (max(v) - min(v)) or 0.1 for v in (xs, lows + highs))
+    start, end = min(xs) - x_margin, max(xs) + x_margin
+    low, high = min(lows) - margin, max(highs) + margin
 
     def place(x, value):
-        along = math.log(x / first) / (math.log(max(xs) / first) or 1)
-        return left + WIDTH * (0.04 + 0.92 * along), top + HEIGHT * (high - value) / (high - low)
+        along, down = (x - start) / (end - start), (high - value) / (high - low)
+        return left + WIDTH * along, top + HEIGHT * down
 
-    for value in ticks(low, high):
-        y = place(first, value)[1]
-        draw.line((left, y, left + WIDTH, y), "#dddddd", 2)
-        draw_text(draw, left - 12, y, f"{value:.6g}", "rm")
-    for mark in (mark for mark in marks if first <= mark <= max(xs)):
-        x = place(mark, low)[0]
-        draw.line((x, top, x, top + HEIGHT), "#dddddd", 2)
-        draw_text(draw, x, top + HEIGHT + 26, f"{mark}")
-    for colour, line in zip(COLOURS, lines.values(), strict=False):
-        above, below = ([place(x, m + sign * s) for x, m, s in line] for sign in (1, -1))
-        draw.polygon(above + below[::-1], colour + "40")
-        draw.line([place(x, m) for x, m, _ in line], colour, 6, "curve")
+    for x, label in ((x, label) for x, label in x_marks.items() if start < x < end):
+        draw.line((place(x, low), place(x, high)), "#dddddd", 2)
+        draw_text(draw, place(x, low)[0], top + HEIGHT + 26, label)
+    for value, label in ((y, label) for y, label in y_marks.items() if low < y < high):
+        draw.line((place(start, value), place(end, value)), "#dddddd", 2)
+        draw_text(draw, left - 12, place(start, value)[1], label, "rm")
+    for colour, line in zip(itertools.cycle(COLOURS), lines.values(), strict=False):
+        lower = [place(x, bottom) for x, bottom, _, _ in line]
+        upper = [place(x, above) for x, _, _, above in line]
+        draw.polygon(lower + upper[::-1], colour + "40")
+        draw.line([place(x, middle) for x, _, middle, _ in line], colour, 6, "curve")
     draw.rectangle((left, top, left + WIDTH, top + HEIGHT), outline="black", width=2)
-    return {name: place(*line[-1][:2])[1] for name, line in lines.items()}
+    return {method: place(line[-1][0], line[-1][2])[1] for method, line in lines.items()}
 
 
 def draw_bands(table: dict, path: Path) -> None:
-    """A row of panels for each of MEASURES, a column for each of AXES; 800 pixels wide."""
+    """A row of panels for each of MEASURES, a column for each of AXES, 800 pixels wide. All scales
+    are logarithms, but for that of percents."""
     picture = Image.new("RGB", (1600, 1220), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands are translucent
-    steps = [row["step"][0] for rows in table.values() for row in rows]
-    marks = dict(step=sorted(set(steps)), cpu_s=[k * 10**n for n in range(6) for k in (1, 2, 5)])
+    steps = {math.log(row["step"][0]): f"{row['step'][0]}" for row in next(iter(table.values()))}
+    rounds = {math.log(k * 10**n): f"{k * 10**n}" for n in range(6) for k in (1, 2, 5)}
+    marks = dict(step=steps, cpu_s=rounds, fd=rounds, named={y: f"{y}" for y in range(0, 101, 10)})
     for i, (key, title) in enumerate(MEASURES.items()):
-        top = 610 * i + 70
+        top, scale = 610 * i + 70, float if key == "named" else log_above_1
         draw_text(draw, 130, top - 35, title, "lm")
         for j, (axis, name) in enumerate(AXES.items()):
             lines = {
-                method: [(row[axis][0], *row[key]) for row in rows]
+                method: [
+                    (math.log(row[axis][0]), scale(m - s), scale(m), scale(m + s))
+                    for row in rows
+                    for m, s in [row[key]]
+                ]
                 for method, rows in table.items()
             }
             left = 130 + (WIDTH + 110) * j
-            ends = draw_panel(draw, left, top, lines, marks[axis])
+            ends = draw_panel(draw, left, top, lines, marks[axis], marks[key])
             draw_text(draw, left + WIDTH / 2, top + HEIGHT + 75, name)
         # Names stand right of the last panel, where their lines end, or as near as there is room.
         y = 0
-        for name in sorted(ends, key=ends.get):
-            y = max(y + 38, ends[name])
-            colour = COLOURS[list(table).index(name)]
-            draw.text((left + WIDTH + 14, y), name, colour, font_size=32, anchor="lm")
+        for method in sorted(ends, key=ends.get):
+            y = max(y + 38, ends[method])
+            colour = COLOURS[list(table).index(method) % len(COLOURS)]
+            draw.text((left + WIDTH + 14, y), method, colour, font_size=32, anchor="lm")
     picture.reduce(2).save(path)  # smooth slanted lines

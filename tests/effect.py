@@ -63,11 +63,10 @@ def make_run(method: str, seed: int, args: argparse.Namespace) -> tuple:
 
 def run(planned: tuple) -> None:
     """Trains, or goes on, and draws, on one thread; what is printed goes to a file."""
-    train, config, files = planned
-    folder = Path(config.out)
+    (train, config, files), folder = planned, Path(planned[1].out)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    machine = f"{time.strftime('%F')}, {rates.machine(torch.device('cpu'))}"
+    machine = time.strftime("%F, ") + rates.machine(torch.device("cpu"))
     (folder / "machine.txt").write_text(machine)
     with open(folder / "output.txt", "a") as shown, redirect_stdout(shown), redirect_stderr(shown):
         train(config, signals=StepClock(f"{folder}/cpu_s.txt"))
@@ -110,12 +109,13 @@ def main() -> None:
         methods = dict.fromkeys(args.methods)  # seed by seed: when stopped, whole seeds are there
         runs = [make_run(m, seed, args) for seed in range(args.seeds) for m in methods]
         todo = [one for one in runs if not all(file.exists() for file in one[-1].values())]
-        deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us: we end them
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which is ours alone
+        deaf = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
         with torch.multiprocessing.get_context("spawn").Pool(args.jobs, *deaf, 1) as pool:
             list(tqdm(pool.imap(run, todo), f"runs in {args.out}", total=len(todo)))
         points, real = judged(runs), judge.score_real(DRAW["num"])
-        table = summarise(points)
         machines = sorted({Path(config.out, "machine.txt").read_text() for _, config, _ in runs})
+        table = summarise(points)
         result = dict(machines=machines, settings=vars(args), real_shapes=real, mean_std=table)
         Path(args.out, "effect.json").write_text(json.dumps(result | dict(points=points), indent=1))
         draw_bands(table, Path(args.out, "effect.png"))
