@@ -43,6 +43,10 @@ def as_markdown(table: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
 
 
+def log_marks(values) -> dict:
+    return {math.log(value): f"{value}" for value in values}
+
+
 def log_above_1(value: float) -> float:
     """What a band may be below 1, or even 0, is not drawn."""
     return math.log(max(value, 1.0))
@@ -80,9 +84,13 @@ def draw_bands(table: dict, path: Path) -> None:
     are logarithms, but for that of percents."""
     picture = Image.new("RGB", (1600, 1220), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands are translucent
-    steps = {math.log(row["step"][0]): f"{row['step'][0]}" for row in next(iter(table.values()))}
-    rounds = {math.log(k * 10**n): f"{k * 10**n}" for n in range(6) for k in (1, 2, 5)}
-    marks = dict(step=steps, cpu_s=rounds, fd=rounds, named={y: f"{y}" for y in range(0, 101, 10)})
+    steps = [row["step"][0] for row in next(iter(table.values()))]
+    marks = dict(
+        step=log_marks(steps),
+        cpu_s=log_marks(k * 10**n for n in range(5) for k in (1, 2, 3, 5, 7)),
+        fd=log_marks(k * 10**n for n in range(5) for k in (1, 2, 5)),
+        named={percent: f"{percent}" for percent in range(0, 101, 10)},
+    )
     for i, (key, title) in enumerate(MEASURES.items()):
         top, scale = 610 * i + 70, float if key == "named" else log_above_1
         draw_text(draw, 130, top - 35, title, "lm")

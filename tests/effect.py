@@ -1,13 +1,13 @@
 """The effect of alignment, with error bars: methods on the demo's drawn shapes, some seeds each.
 
-  python tests/effect.py                            four methods, five seeds: an hour on two cores
-  python tests/effect.py --methods sit maskalign --seeds 2 --steps 250 500     a lesson: 5 minutes
+  python tests/effect.py                      four methods, five seeds: an hour on two free cores
+  python tests/effect.py --methods sit maskalign --seeds 2 --steps 250 500        10 CPU minutes
 
 A run is the demo's, on one thread. At each of --steps its EMA draws 768 images: without guidance,
 from the same noise for all methods. A judge (judge.py) gives their Frechet distance from real
 shapes, and the share that it names as the class asked for. CPU seconds of training are the steps
 times the median of one: without saving, drawing, and the teacher's own training. --out gets the
-runs (200 MB each), effect.json and effect.png. Stopped in any way, the same command goes on.
+runs (150 to 220 MB each), effect.json and effect.png. Stopped in any way, the same command goes on.
 """
 
 import argparse
