@@ -14,7 +14,7 @@ from PIL import Image
 
 import maskalign as ma
 
-TINY = dict(hidden_size=32, num_heads=2)
+TINY = dict(hidden_size=32, num_heads=2, depth=2, align_depth=1, projector_dim=16)
 COUNT = 64  # images
 
 
@@ -77,10 +77,11 @@ def test_runs_that_are_there_are_only_judged(study, monkeypatch, capsys):
     assert "| `sit` |" in capsys.readouterr().out
 
 
-def test_a_step_that_a_run_went_past_is_refused_in_one_sentence(study, monkeypatch):
+def test_a_step_that_a_run_went_past_is_refused_in_one_sentence(study):
     out, _ = study
-    with pytest.raises(SystemExit, match=r"^effect.py: cannot draw step 3 of .*: name another --o"):
-        command(monkeypatch, "--methods=sit", "--seeds=2", "--steps=3", f"--out={out}")
+    planned = effect.make_run("sit", 0, Namespace(out=str(out), steps=[3]))
+    with pytest.raises(ma.BadInput, match="cannot draw step 3 of .*: name another --out"):
+        effect.run(planned)
 
 
 def test_one_seed_is_refused(monkeypatch):

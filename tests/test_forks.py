@@ -916,4 +916,4 @@ def test_the_sampling_command_of_its_docstring_draws_its_checkpoint(fork, tmp_pa
     assert status == 0 and "sampler ode" in shown and (tmp_path / "grid.png").exists(), errors
     if own:  # of a network that sample.py cannot draw
         status, _, errors = Program("sample.py", *argv).end()
-        assert status == 1 and errors.count("\n") == 1 and "does not fit the network" in errors
+        assert status == 1 and errors.count("\n") == 1 and "holds no SiT that fits" in errors
