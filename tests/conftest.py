@@ -5,6 +5,7 @@ pytest -m golden         what is compared with numbers of the official programs
 """
 
 import functools
+import multiprocessing.forkserver
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_") not in QUICK or SLOW & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session):
+    """The server of processes.py imports torch on another core, while the first tests run."""
+    if any(item.get_closest_marker("slow") for item in session.items):
+        import processes  # noqa: F401, it says what to import
+
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -55,8 +55,12 @@ def flags(settings):
 
 
 def launch(name, *argv):
-    """A fork as a program of its own, in two ranks."""
-    ends = [rank.end() for rank in start_ranks(2, f"tests/forks/{name}.py", *argv)]
+    """Starts a fork as a program of its own, in two ranks."""
+    return start_ranks(2, f"tests/forks/{name}.py", *argv)
+
+
+def finish(ranks):
+    ends = [rank.end() for rank in ranks]
     assert all(status == 0 for status, _, _ in ends), ends
 
 
@@ -84,7 +88,8 @@ def assert_follows(one, other):
 
 
 class Fork:
-    """A file of tests/forks/: its module, its kind of Config, and a run of it on the demo."""
+    """A file of tests/forks/: its module, its kind of Config, and runs of it on the demo: `out` of
+    one process, `two` of `ranks`, which go on while other tests run."""
 
     def __init__(self, name, out=None):
         self.name, self.out, self.path = name, out, Path(ROOT, "tests", "forks", f"{name}.py")
@@ -99,6 +104,8 @@ class Fork:
 @pytest.fixture(scope="module", params=NAMES)
 def fork(request, tmp_path_factory):
     fork = Fork(request.param, tmp_path_factory.mktemp(request.param))
+    fork.two = tmp_path_factory.mktemp("two")
+    fork.ranks = launch(fork.name, *flags(TINY), f"--out={fork.two}")
     fork.train(fork.out)
     return fork
 
@@ -130,9 +137,9 @@ def test_n_steps_and_n_more_equal_2n_steps(fork, tmp_path):
     assert_equal_runs(fork.out, tmp_path)
 
 
-def test_two_processes_follow_one(fork, tmp_path):
-    launch(fork.name, *flags(TINY), f"--out={tmp_path}")
-    assert_follows(fork.out, tmp_path)
+def test_two_processes_follow_one(fork):
+    finish(fork.ranks)
+    assert_follows(fork.out, fork.two)
 
 
 def test_its_help_is_its_docstring_and_tells_its_own_settings(fork):
@@ -340,7 +347,7 @@ def test_a_run_resumed_at_tau_and_after_it_ends_bit_equal(past_tau, tmp_path):
 def test_two_processes_pass_tau_and_resume_after_it(past_tau, tmp_path):
     for steps in (3, 4):
         settings = {**TINY, "stop_align_at": 2, "steps": steps}
-        launch("haste", *flags(settings), f"--out={tmp_path}")
+        finish(launch("haste", *flags(settings), f"--out={tmp_path}"))
     assert_follows(past_tau, tmp_path)
 
 
