@@ -86,6 +86,13 @@ def assert_equal_runs(a, b):
         assert x | free == y | free
 
 
+@pytest.fixture(scope="module", autouse=True)
+def readme_demo(tmp_path_factory):
+    """The README's command. It imports torch anew: so it starts first, and a late test waits."""
+    out = tmp_path_factory.mktemp("readme")
+    return out, torchrun(1, "maskalign.py", *TINY_FLAGS, f"--out={out}")
+
+
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
     """The run of TINY, undisturbed, for those to compare with that must end alike."""
@@ -105,23 +112,6 @@ def one_step_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("one_step")
     train(make_config(out=str(out), **{**TINY, "steps": 1}))
     return out
-
-
-def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(tmp_path, capsys):
-    status, shown, errors = torchrun(1, "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}").end()
-    assert status == 0 and "steps 0 to 6" in shown, errors
-    found = ["latest.pt", "log.jsonl", "run.lock", "samples-0000006.png"]
-    assert sorted(os.listdir(tmp_path)) == found
-    assert Image.open(tmp_path / "samples-0000006.png").size == (8 * 98 + 2, 8 * 98 + 2)
-    lines = log(tmp_path)
-    assert [line["step"] for line in lines] == [2, 4, 6]
-    keys = {"step", "loss", "denoise", "cls", "align", "grad_norm", "images_per_s", "encoded"}
-    assert all(line.keys() == keys for line in lines)
-    train(make_config(out=str(tmp_path), **TINY))
-    assert "finished: raise --steps" in capsys.readouterr().out and len(log(tmp_path)) == 3
-    train(make_config(out=str(tmp_path), **{**TINY, "steps": 8}))
-    assert "steps 6 to 8" in capsys.readouterr().out
-    assert [line["step"] for line in log(tmp_path)] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -260,6 +250,24 @@ def test_training_lowers_every_loss(tmp_path):
     )
     first, *_, last = log(tmp_path)
     assert all(last[name] < first[name] for name in ("loss", "denoise", "align"))
+
+
+def test_the_readme_demo_command_runs_resumes_and_draws_its_picture(readme_demo, capsys):
+    out, program = readme_demo
+    status, shown, errors = program.end()
+    assert status == 0 and "steps 0 to 6" in shown, errors
+    found = ["latest.pt", "log.jsonl", "run.lock", "samples-0000006.png"]
+    assert sorted(os.listdir(out)) == found
+    assert Image.open(out / "samples-0000006.png").size == (8 * 98 + 2, 8 * 98 + 2)
+    lines = log(out)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    keys = {"step", "loss", "denoise", "cls", "align", "grad_norm", "images_per_s", "encoded"}
+    assert all(line.keys() == keys for line in lines)
+    train(make_config(out=str(out), **TINY))
+    assert "finished: raise --steps" in capsys.readouterr().out and len(log(out)) == 3
+    train(make_config(out=str(out), **{**TINY, "steps": 8}))
+    assert "steps 6 to 8" in capsys.readouterr().out
+    assert [line["step"] for line in log(out)] == [2, 4, 6, 8]
 
 
 # ---- image folders, and latents that keep themselves
