@@ -57,9 +57,8 @@ def test_token_floor_of_the_paper():
 
 def test_table_has_a_row_for_each_method(monkeypatch, capsys, tmp_path):
     out = tmp_path / "t.json"
-    monkeypatch.setattr(
-        sys, "argv", ["table4.py", "--batch_size=2", "--steps=1", "--threads=1", f"--json={out}"]
-    )
+    flags = ["--batch_size=2", "--depth=3", "--steps=1", "--threads=1", f"--json={out}"]
+    monkeypatch.setattr(sys, "argv", ["table4.py", *flags])
     threads = torch.get_num_threads()
     try:
         table4.main()
@@ -114,7 +113,7 @@ def test_step_is_that_of_train(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", ["maskalign", "sit"])
 def test_shapes_are_static_so_that_compile_never_compiles_again(method):
-    config, cpu = make_config(method=method, batch_size=2), torch.device("cpu")
+    config, cpu = make_config(method=method, batch_size=2, depth=3), torch.device("cpu")
     run, batch = table4.make_run(config, cpu, None), table4.make_batch(config, cpu)
     run.model.compile(backend="eager", fullgraph=True)
     table4.timed_step(run, batch)
@@ -140,7 +139,7 @@ def test_no_step_of_train_waits_for_a_value_until_the_log_asks(method, tmp_path,
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
     steps, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1) or step(self))
-    config = make_config(method=method, batch_size=2, log_every=3, out=str(tmp_path))
+    config = make_config(method=method, depth=3, batch_size=2, log_every=3, out=str(tmp_path))
     with Valueless(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException) as end:
         ma.train(config, build_teacher=lambda *inputs: teacher)
     asks = [entry for entry in end.traceback if entry.path.name == "maskalign.py"]
