@@ -45,9 +45,13 @@ TINY = dict(
 TINY_FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
-def launch(*argv, processes=1, status=0):
-    """maskalign.py as a program of its own, in one or more ranks; what the first one showed."""
-    ranks = start_ranks(processes, "maskalign.py", *TINY_FLAGS, *argv)
+def launch(*argv, status=0):
+    """maskalign.py as a program of its own; what it showed."""
+    return finish(start_ranks(1, "maskalign.py", *TINY_FLAGS, *argv), status)
+
+
+def finish(ranks, status=0):
+    """Waits; what the first rank showed."""
     ends = [rank.end() for rank in ranks]
     assert all(end[0] == status for end in ends), ends
     return ends[0][1:]
@@ -223,8 +227,10 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch
 
 def test_two_processes_follow_one(one_run, tmp_path):
     """Same images, noise, masks and dropped labels; the sums differ by rounding alone."""
-    launch("--out", tmp_path / "two", processes=2)
-    launch("--out", tmp_path / "accum", "--accum", 2, processes=2)
+    two = start_ranks(2, "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}/two")
+    accum = start_ranks(2, "maskalign.py", *TINY_FLAGS, "--accum=2", f"--out={tmp_path}/accum")
+    finish(two)
+    finish(accum)
     one = checkpoint(one_run)
     for other in ("two", "accum"):
         state = checkpoint(tmp_path / other)
@@ -284,6 +290,7 @@ def test_image_folder_with_teacher_and_vae_files_trains_and_two_processes_share_
     """The ImageNet path, small: true file formats, made-up values."""
     folder = make_folder(tmp_path / "data", per_class=5, size=(70, 50))
     flags = [
+        *TINY_FLAGS,
         f"--data={folder}",
         f"--vae_weights={small_vae_file}",
         "--image_size=32",
@@ -293,8 +300,10 @@ def test_image_folder_with_teacher_and_vae_files_trains_and_two_processes_share_
         "--batch_size=4",
         "--steps=3",
     ]
-    train(parse_config([*TINY_FLAGS, *flags, f"--out={tmp_path}/one", f"--cache={tmp_path}/a"]))
-    launch(*flags, f"--out={tmp_path}/two", f"--cache={tmp_path}/b", processes=2)
+    where = [f"--out={tmp_path}/two", f"--cache={tmp_path}/b"]
+    ranks = start_ranks(2, "maskalign.py", *flags, *where)  # they run beside the one process
+    train(parse_config([*flags, f"--out={tmp_path}/one", f"--cache={tmp_path}/a"]))
+    finish(ranks)
     one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
     assert one["config"]["class_names"] == ("cat", "dog") and one["config"]["z_dim"] == 384
     assert_same(one["model"], two["model"], rtol=1e-2, atol=1e-3)  # float16 latents
