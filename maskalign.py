@@ -295,7 +295,7 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred")  # shapes: see SiT.forward
 
 
 def sample_token_subset(n: int, num_tokens: int, mask_ratio: float, generator=None) -> Tensor:
-    """ids_keep (n, round((1 - mask_ratio) num_tokens)): uniform, for each image anew, ascending."""
+    """ids_keep (n, K), K = round((1 - mask_ratio) num_tokens), at least 1: uniform, ascending."""
     len_keep = max(1, round((1 - mask_ratio) * num_tokens))
     device = generator.device if generator else None
     scores = torch.rand(n, num_tokens, generator=generator, device=device)
@@ -346,14 +346,14 @@ class SiT(nn.Module):
         initialize_weights(self)
 
     def embed(self, x, t, y, cls=None) -> tuple:
-        """As forward -> all tokens, mixed (N, [1+]T, D), and the condition c (N, 1, D)."""
+        """Inputs of forward -> all tokens, mixed (N, [1+]T, D), and the condition c (N, 1, D)."""
         c = (self.t_embedder(t) + self.y_embedder["embedding_table"](y)).unsqueeze(1)
         h = self.x_embedder(x)  # (N, T, D)
         if self.class_token:
             h = torch.cat([self.cls_norm(self.cls_embedder(cls)).unsqueeze(1), h], dim=1)
         h = h + self.pos_embed  # before the mask: so a kept token knows its place
-        # Before the mask, too: a token that will be dropped still tells the others what it sees, as
-        # the kept ones must match a teacher that saw the whole image (Tab. 3).
+        # Before the mask, too: a token that will be dropped still tells the others what it sees,
+        # since the kept ones must match a teacher that saw the whole image (Tab. 3).
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -374,7 +374,7 @@ class SiT(nn.Module):
 
 
 def initialize_weights(model: nn.Module) -> None:
-    """As DiT: blocks start as the identity, velocities as zero; heads move first, then gates."""
+    """As DiT: blocks start as identity, velocities as 0; their loss moves heads, then gates."""
     for name, p in model.named_parameters():
         if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer"):
             nn.init.zeros_(p)
@@ -392,10 +392,10 @@ def build_model(config: Config) -> SiT:
 
 # ---- 4. The objective: flow matching (Eq. 10) and alignment (Eq. 11) -----------------------------
 # Why a velocity lets one sample: on the path x_t = (1 - t) x + t noise, each pair of image and
-# noise moves at the constant velocity noise - x. Many pairs cross in a point x_t; under the mean
-# square the best answer there is their mean velocity. How dense a crowd is changes by its mean flow
-# alone: so particles that start as noise and follow these means from t = 1 down to t = 0 have, at
-# each t, the distribution of the x_t, and end among the images, wherever each noise came from.
+# noise moves at the constant velocity noise - x. Many pairs' paths cross in a point; under the mean
+# square the best answer there is their mean velocity. Density changes by this mean flow alone: so
+# particles that start as noise and follow these means from t = 1 down to t = 0 have, at each t, the
+# distribution of the x_t, and end among the images, wherever each noise came from.
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t noise: t = 0 is data, t = 1 is noise. x (N, ...), t (N,)."""
     t = t.view(-1, *[1] * (x.ndim - 1))
@@ -842,14 +842,14 @@ def read_latest(config: Config) -> dict | None:
 def train_step(run: Run, batches, draw_step, training_losses) -> None:
     """One step of the optimizer; adds its losses to run.sums."""
     config, device, means = run.config, run.device, Counter()
-    # Drawn for the whole batch on every rank: up to rounding, any number follows one trajectory.
+    # Drawn for the whole batch on each rank: up to rounding, the number of ranks changes nothing.
     drawn = draw_step(run, seeded(device, "step", config.seed, run.step))
     shares = run.world_size * config.accum
     for micro in range(config.accum):
         share = run.rank * config.accum + micro  # index_batches cuts the images alike
         mine = {k: v.chunk(shares)[share] if torch.is_tensor(v) else v for k, v in drawn.items()}
         x, y, z = load_batch(run, next(batches), mine.pop("vae_noise"))
-        run.ddp_model.require_backward_grad_sync = micro + 1 == config.accum  # as DDP.no_sync
+        run.ddp_model.require_backward_grad_sync = micro + 1 == config.accum  # DDP's no_sync
         with torch.autocast(device.type, torch.bfloat16, config.bf16 and device.type == "cuda"):
             losses = training_losses(run.ddp_model, x, y, z, config, **mine)
         (losses["loss"] / config.accum).backward()
@@ -859,7 +859,7 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
     run.optimizer.step()
     run.optimizer.zero_grad()
 
-    # ema = decay ema + (1 - decay) weights, those of the step just made; it keeps no graph.
+    # ema = decay ema + (1 - decay) weights, those of the step just made; detached.
     weights = [p.detach() for p in run.model.parameters()]
     torch._foreach_lerp_(list(run.ema.parameters()), weights, 1 - config.ema_decay)
     run.step += 1
@@ -871,7 +871,7 @@ def train_step(run: Run, batches, draw_step, training_losses) -> None:
 
 
 def report(run: Run, images_per_s: float) -> None:
-    """Logs the means of the steps since the last line."""
+    """Logs the losses' means since the last line, the speed (saves included), images encoded."""
     steps = run.sums.pop("steps")
     means = (torch.stack(list(run.sums.values())) / steps).tolist()
     line = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
@@ -880,7 +880,7 @@ def report(run: Run, images_per_s: float) -> None:
     if run.rank == 0:
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
         text = "".join(json.dumps(line) + "\n" for line in run.log)
-        Path(run.config.out, "log.jsonl").write_text(text)  # anew: steps that a kill undid go
+        Path(run.config.out, "log.jsonl").write_text(text)  # anew: lines of lost steps go
 
 
 def require_finite(run: Run) -> None:
@@ -890,7 +890,7 @@ def require_finite(run: Run) -> None:
 
 
 def save(run: Run, milestone: bool) -> None:
-    """Writes latest.pt, before it step-N.pt at a milestone: a kill leaves the files of before."""
+    """Writes step-N.pt at a milestone, then latest.pt: a kill leaves the earlier files whole."""
     state = {name: getattr(run, name).state_dict() for name in ("model", "ema", "optimizer")}
     state |= dict(step=run.step, sums=dict(run.sums), log=run.log)
     state["config"] = dataclasses.asdict(run.config)
@@ -974,7 +974,7 @@ def main(train=train, kind: type = Config, doc: str = __doc__) -> None:
 
     def note(number, _):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
+        signal.signal(number, signal.SIG_DFL)  # the second of a kind ends the program at once
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)

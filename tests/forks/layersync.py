@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import maskalign
 from maskalign import SIZES, at_least_float32, setting
 
-# NOTE(paper): XL's pair is that of its code, L's is told by others. S's and B's are ours, after the
-# same rule (early: not among the first blocks; late: not in the last fifth), and so is the demo's.
+# NOTE(paper): XL's pair is that of its code, L's is reported by others. S's, B's and the demo's are
+# ours, after the same rule (early: not among the first blocks; late: not in the last fifth).
 EARLY = dict(zip(SIZES, (4, 4, 8, 8, 2), strict=True))  # S, B, L, XL, demo
 LATE = dict(zip(SIZES, (9, 9, 18, 16, 4), strict=True))
 
@@ -40,7 +40,7 @@ class LayerSync(maskalign.Config):
     mask_ratio: float = setting(0.0, "as SiT: no token dropped", rule="in [0, 1)")
     align_coeff: float = setting(0.0, "as SiT: no alignment with a teacher", rule="0 or above")
     sync_coeff: float = setting(0.2, "LayerSync: lambda, early block with late")
-    early_depth: int = setting(8, "LayerSync: pulled are the tokens after this block, from 1")
+    early_depth: int = setting(8, "LayerSync: the tokens after this block, from 1, are pulled")
     late_depth: int = setting(16, "LayerSync: towards those after this block")
     sizes = {k: row | dict(early_depth=EARLY[k], late_depth=LATE[k]) for k, row in SIZES.items()}
 
@@ -69,11 +69,11 @@ def draw_step(run: maskalign.Run, generator: torch.Generator) -> dict:
 
 
 def training_losses(model, x, y, z, config: LayerSync, *, pair: list, **drawn) -> dict:
-    """As maskalign's, which refuses what it does not know among `drawn`, and "sync": minus the mean
-    cosine between the early block's tokens and the late block's, of those that were not dropped."""
+    """maskalign's losses (it refuses names that it does not know in `drawn`) and "sync": minus the
+    mean cosine between the early block's kept tokens and the late block's."""
     losses = maskalign.training_losses(model, x, y, z, config, **drawn)
     early, late = (at_least_float32(block.kept) for block in pair)  # (N, [1+]K, D)
-    # Detached: else the late block would come to meet the early one, and no loss would tell.
+    # Detached: else late would also move towards early, and the loss would not show it.
     sync = -F.cosine_similarity(early, late.detach(), dim=-1).mean()
     return losses | dict(loss=losses["loss"] + config.sync_coeff * sync, sync=sync)
 

@@ -1,7 +1,7 @@
 """TREAD (arXiv 2501.04765): tokens that skip the middle blocks, and come back.
 
-What differs from MaskAlign: a token outside the subset is not lost. In training it goes round the
-blocks first_routed to last_routed, takes its place again beside the others, and is predicted, too.
+What differs from SiT: in training a share of the tokens skips the blocks first_routed to
+last_routed. Unlike MaskAlign's dropped tokens these come back, and are predicted, too.
 --class_token --align_coeff 0.5 adds REG's alignment, of the tokens that pass the aligned block.
 
   python tests/forks/tread.py                                        the demo, on a laptop
@@ -30,11 +30,11 @@ class Tread(maskalign.Config):
     """SiT's settings as defaults, a mask that means another thing, and two more."""
 
     method: str = setting("tread")  # no note, so no flag: there is no other here
-    class_token: bool = setting(False, "as SiT: no class token; it would skip nothing")
+    class_token: bool = setting(False, "as SiT: no class token; it would not skip")
     mixer_depth: int = setting(0, "as SiT: no mixing blocks", rule="0 or above")
     mask_ratio: float = setting(0.5, "TREAD: share of patch tokens that skip", rule="in [0, 1)")
     align_coeff: float = setting(0.0, "as SiT: no alignment with a teacher", rule="0 or above")
-    first_routed: int = setting(3, "TREAD: the first block that they skip, from 1 (its code: 0)")
+    first_routed: int = setting(3, "TREAD: first block they skip, from 1 (its code: from 0)")
     last_routed: int = setting(25, "TREAD: the last one")
     sizes = {size: row | dict(last_routed=LAST_ROUTED[size]) for size, row in SIZES.items()}
     sizes["demo"] |= dict(first_routed=2)
@@ -73,8 +73,8 @@ def build_model(config: Tread) -> RoutedSiT:
 
 
 def training_losses(model, x, y, z, config: Tread, *, ids_keep=None, **drawn) -> dict:
-    """As maskalign's without a mask, so of all patches; where the aligned block lies in the route,
-    the teacher's tokens z (class token first) are cut to those that it sees."""
+    """maskalign's losses over all patches; ids_keep tells who passes the route. Where the aligned
+    block lies in it, z (class token first) keeps only the tokens that it sees."""
     if config.align_coeff > 0 and config.first_routed <= config.align_depth <= config.last_routed:
         z = gather_tokens(z, ids_keep, class_token=True)
     routed = functools.partial(model, ids_route=ids_keep)
