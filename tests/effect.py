@@ -87,7 +87,7 @@ def judged(runs: list) -> list:
     return points
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list | None = None) -> argparse.Namespace:
     """The command line. Raises BadInput."""
     plain, defaults = argparse.RawDescriptionHelpFormatter, ["sit", "repa", "reg", "maskalign"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=[250, 500, 1000, 2000])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core for each")
     parser.add_argument("--out", default="runs/effect")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, least in dict(seeds=2, steps=1, jobs=1).items():  # one seed has no spread
         ma.require(args, name, np.min(getattr(args, name)) >= least, f"{least} or above")
     return args

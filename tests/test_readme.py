@@ -97,11 +97,26 @@ def test_every_test_and_function_that_is_named_exists():
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     tests = set(re.findall(r"def (test_\w+)", sources))
     named = {name for name in MARKED if re.fullmatch(r"test_\w+", name)}
-    assert len(named) > 15 and named <= tests, named - tests
+    assert len(named) >= 8 and named <= tests, named - tests
     names = {*METHODS, *vars(Config()), *vars(maskalign), *vars(sample), *vars(fid), *vars(SiT)}
     names |= {"loss", "denoise", "cls", "align", "python", "torchrun", "pytest", "ours", "v"}
     names |= {f.removesuffix(".py") for f in os.listdir(ROOT / "tests" / "forks")}
-    symbols = {"S", "r", "h", "h_phi", "K", "N", "i", "CKPT", "IMAGENET", "G_r", "sde", "golden"}
+    symbols = {
+        "w_t",
+        "x",
+        "S",
+        "r",
+        "h",
+        "h_phi",
+        "K",
+        "N",
+        "i",
+        "CKPT",
+        "IMAGENET",
+        "G_r",
+        "sde",
+        "golden",
+    }
     symbols |= {
         "AVX2",
         "COMPATIBLE",
@@ -141,7 +156,7 @@ def weights_added(model, plain):
 
 
 def family_row(command):
-    """The cells of a row: class token, alignment, weights added, ms, FID."""
+    """The cells of a row: alignment, weights added, ms, FID."""
     rows = re.findall(rf"^\| `{re.escape(command)}` \|(.*)\|$", README, re.M)
     assert len(rows) == 1, f"README has no row for {command}"
     return [cell.strip() for cell in rows[0].split("|")]
@@ -153,12 +168,12 @@ def added_at_b(build_model, config):
         return weights_added(build_model(config), plain)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["sit", "repa", "reg", "maskalign"])  # the others: ablations
 def test_the_family_table_is_that_of_the_program(method):
     config = make_config(data="x", size="SiT-B/2", method=method)
-    class_token, aligned, added, ms, _ = family_row(f"--method {method}")
+    aligned, added, ms, _ = family_row(f"--method {method}")
     assert added == added_at_b(build_model, config) and float(ms or 1) > 0
-    assert (class_token == "denoised") == config.class_token
+    assert aligned.startswith("cls") == config.class_token
     kept = f"{100 - 100 * config.mask_ratio:.0f}% of the patches"
     assert (kept in aligned) == (config.mask_ratio > 0 and config.align_coeff > 0)
     assert (f"block {config.align_depth}" in aligned) == (config.align_coeff > 0)
@@ -168,14 +183,14 @@ def test_the_family_table_is_that_of_the_program(method):
 def test_the_family_table_has_every_fork_with_the_weights_that_it_adds(name):
     fork = Fork(name)
     config = make_config(fork.kind, data="x", size="SiT-B/2")
-    class_token, _, added, ms, _ = family_row(f"python tests/forks/{name}.py")
+    aligned, added, ms, _ = family_row(f"python tests/forks/{name}.py")
     assert added == added_at_b(getattr(fork.module, "build_model", build_model), config)
-    assert (class_token == "denoised") == config.class_token and float(ms or 1) > 0
+    assert aligned.startswith("cls") == config.class_token and float(ms or 1) > 0
 
 
 def test_no_placeholder_is_left_and_it_can_be_read_in_one_go():
     assert "@@" not in README and "TODO" not in README
-    assert len(README.splitlines()) <= 240 and len(README) <= 16_000
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 11 * 1024
 
 
 def test_bad_flags_in_readme_would_be_noticed(capsys):
