@@ -722,7 +722,7 @@ class FolderImages(torchvision.datasets.DatasetFolder):
 
 
 def keep_latents(run: Run, images: Tensor, files: list) -> Tensor:
-    """Mean and std of latents (N, 2C, h, w), kept in files from the first time. Raises BadInput."""
+    """Mean and std of latents (N, 2C, h, w), kept as float16 files once made. Raises BadInput."""
     rows, (channels, h, w) = {}, run.config.latent_shape
     for file in files:
         with contextlib.suppress(Exception):  # missing, or cut short by a kill
