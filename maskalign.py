@@ -874,11 +874,11 @@ def report(run: Run, images_per_s: float) -> None:
     """Logs the losses' means since the last line, the speed (saves included), images encoded."""
     steps = run.sums.pop("steps")
     means = (torch.stack(list(run.sums.values())) / steps).tolist()
-    line = dict(step=run.step) | dict(zip(run.sums, means, strict=True))
-    line |= dict(images_per_s=images_per_s, encoded=run.encoded)
-    run.sums, run.encoded, run.log = Counter(), 0, [*run.log, line]
+    line = dict(zip(run.sums, means, strict=True), images_per_s=images_per_s, encoded=run.encoded)
+    run.sums, run.encoded, run.log = Counter(), 0, [*run.log, dict(step=run.step) | line]
     if run.rank == 0:
-        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in line.items() if value))
+        shown = [f"{name} {value:.4g}" for name, value in line.items() if value]
+        tqdm.write(", ".join([f"step {run.step}", *shown]))
         text = "".join(json.dumps(line) + "\n" for line in run.log)
         Path(run.config.out, "log.jsonl").write_text(text)  # anew: lines of lost steps go
 

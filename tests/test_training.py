@@ -183,6 +183,14 @@ def test_n_steps_and_n_more_equal_2n_steps(one_run, tmp_path):
     assert_equal_runs(one_run, tmp_path / "parts")
 
 
+def test_the_step_of_a_log_line_is_never_rounded(tmp_path, capsys):
+    run = Run(make_config(out=str(tmp_path)), step=123_456)
+    run.sums.update(loss=torch.tensor(0.123456), steps=1)
+    maskalign.report(run, images_per_s=10.0)
+    assert capsys.readouterr().out == "step 123456, loss 0.1235, images_per_s 10\n"
+    assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 123_456
+
+
 def test_a_line_of_the_log_is_the_mean_of_the_steps_since_the_line_before(tmp_path):
     """Against a log of every step; also where a run ended between two lines, and went on."""
     for name, every, ends in (("all", 1, (5,)), ("some", 3, (5,)), ("parts", 3, (1, 2, 5))):
