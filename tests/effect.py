@@ -1,7 +1,7 @@
 """The effect of alignment, with error bars: methods on the demo's drawn shapes, some seeds each.
 
-  python tests/effect.py                      four methods, five seeds: an hour on two free cores
-  python tests/effect.py --methods sit maskalign --seeds 2 --steps 250 500        10 CPU minutes
+  python tests/effect.py                  four methods, five seeds: about an hour on two cores
+  python tests/effect.py --methods sit maskalign --seeds 2 --steps 250 500    5 minutes
 
 A run is the demo's, on one thread. At each of --steps its EMA draws 768 images: without guidance,
 from the same noise for all methods. A judge (judge.py) gives their Frechet distance from real

@@ -70,7 +70,7 @@ def test_every_flag_that_is_named_exists():
     known = set().union(*map(flags_of, PARSERS), flags_of("tests/figure2.py"))
     known |= flags_of("tests/curves.py") | flags_of("tests/table4.py")
     named = {word for text in MARKED for word in re.findall(r"(?<!\S)--[a-z]\w*(?:-\w+)?", text)}
-    assert len(named) > 15 and named <= known, named - known
+    assert len(named) >= 8 and named <= known, named - known
 
 
 def test_every_file_that_is_named_exists_or_is_made_by_a_run():
@@ -98,7 +98,15 @@ def test_every_test_and_function_that_is_named_exists():
     tests = set(re.findall(r"def (test_\w+)", sources))
     named = {name for name in MARKED if re.fullmatch(r"test_\w+", name)}
     assert len(named) >= 8 and named <= tests, named - tests
-    names = {*METHODS, *vars(Config()), *vars(maskalign), *vars(sample), *vars(fid), *vars(SiT)}
+    names = {
+        *METHODS,
+        *maskalign.SIZES,
+        *vars(Config()),
+        *vars(maskalign),
+        *vars(sample),
+        *vars(fid),
+        *vars(SiT),
+    }
     names |= {"loss", "denoise", "cls", "align", "python", "torchrun", "pytest", "ours", "v"}
     names |= {f.removesuffix(".py") for f in os.listdir(ROOT / "tests" / "forks")}
     symbols = {
@@ -156,7 +164,7 @@ def weights_added(model, plain):
 
 
 def family_row(command):
-    """The cells of a row: alignment, weights added, ms, FID."""
+    """The cells of a row: alignment, weights added, FID."""
     rows = re.findall(rf"^\| `{re.escape(command)}` \|(.*)\|$", README, re.M)
     assert len(rows) == 1, f"README has no row for {command}"
     return [cell.strip() for cell in rows[0].split("|")]
@@ -171,8 +179,8 @@ def added_at_b(build_model, config):
 @pytest.mark.parametrize("method", ["sit", "repa", "reg", "maskalign"])  # the others: ablations
 def test_the_family_table_is_that_of_the_program(method):
     config = make_config(data="x", size="SiT-B/2", method=method)
-    aligned, added, ms, _ = family_row(f"--method {method}")
-    assert added == added_at_b(build_model, config) and float(ms or 1) > 0
+    aligned, added, _ = family_row(f"--method {method}")
+    assert added == added_at_b(build_model, config)
     assert aligned.startswith("cls") == config.class_token
     kept = f"{100 - 100 * config.mask_ratio:.0f}% of the patches"
     assert (kept in aligned) == (config.mask_ratio > 0 and config.align_coeff > 0)
@@ -183,9 +191,9 @@ def test_the_family_table_is_that_of_the_program(method):
 def test_the_family_table_has_every_fork_with_the_weights_that_it_adds(name):
     fork = Fork(name)
     config = make_config(fork.kind, data="x", size="SiT-B/2")
-    aligned, added, ms, _ = family_row(f"python tests/forks/{name}.py")
+    aligned, added, _ = family_row(f"tests/forks/{name}.py")
     assert added == added_at_b(getattr(fork.module, "build_model", build_model), config)
-    assert aligned.startswith("cls") == config.class_token and float(ms or 1) > 0
+    assert aligned.startswith("cls") == config.class_token
 
 
 def test_no_placeholder_is_left_and_it_can_be_read_in_one_go():
