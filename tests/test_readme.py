@@ -86,7 +86,7 @@ def test_every_file_that_is_named_exists_or_is_made_by_a_run():
     }
     made |= {"trajectory.png", "curves.png", "heatmap.png", "figure2.json", "scores.json"}
     made |= {"dinov2_vitb14_pretrain.pth", "diffusion_pytorch_model.safetensors"}
-    made |= {"pt_inception-2015-12-05-6726825d.pth", "ref.npz"}
+    made |= {"pt_inception-2015-12-05-6726825d.pth", "ref.npz", "vae.pth"}
     for name in re.findall(r"[\w./-]+\.(?:py|png|txt|json|jsonl|pt|pth|npz|safetensors)\b", TEXT):
         short = name.rsplit("/")[-1]
         exists = any((ROOT / folder / name).exists() for folder in ("", "tests", "tests/forks"))
