@@ -68,9 +68,10 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
 
 def test_every_flag_that_is_named_exists():
     known = set().union(*map(flags_of, PARSERS), flags_of("tests/figure2.py"))
-    known |= flags_of("tests/curves.py") | flags_of("tests/table4.py")
-    named = {word for text in MARKED for word in re.findall(r"(?<!\S)--[a-z]\w*(?:-\w+)?", text)}
-    assert len(named) >= 8 and named <= known, named - known
+    known |= flags_of("tests/curves.py") | flags_of("tests/table4.py") | flags_of("tests/effect.py")
+    texts = MARKED + [command.partition(".py ")[2] for command in COMMANDS]
+    named = {word for text in texts for word in re.findall(r"(?<!\S)--[a-z]\w*(?:-\w+)?", text)}
+    assert len(named) > 15 and named <= known, named - known
 
 
 def test_every_file_that_is_named_exists_or_is_made_by_a_run():
@@ -97,7 +98,7 @@ def test_every_test_and_function_that_is_named_exists():
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     tests = set(re.findall(r"def (test_\w+)", sources))
     named = {name for name in MARKED if re.fullmatch(r"test_\w+", name)}
-    assert len(named) >= 8 and named <= tests, named - tests
+    assert len(named) >= 10 and named <= tests, named - tests
     names = {
         *METHODS,
         *maskalign.SIZES,
@@ -170,6 +171,14 @@ def family_row(command):
     return [cell.strip() for cell in rows[0].split("|")]
 
 
+def assert_cost_is_told(name):
+    """tests/README.md has the CPU ms of its step of the demo."""
+    (costs,) = (
+        line for line in OTHERS.splitlines() if line.startswith("The demo's step in CPU ms")
+    )
+    assert re.search(rf"`{name}` [1-9]\d+\b", costs), name
+
+
 def added_at_b(build_model, config):
     with torch.device("meta"):
         plain = maskalign.build_model(make_config(data="x", size="SiT-B/2", method="sit"))
@@ -181,6 +190,7 @@ def test_the_family_table_is_that_of_the_program(method):
     config = make_config(data="x", size="SiT-B/2", method=method)
     aligned, added, _ = family_row(f"--method {method}")
     assert added == added_at_b(build_model, config)
+    assert_cost_is_told(method)
     assert aligned.startswith("cls") == config.class_token
     kept = f"{100 - 100 * config.mask_ratio:.0f}% of the patches"
     assert (kept in aligned) == (config.mask_ratio > 0 and config.align_coeff > 0)
@@ -193,6 +203,7 @@ def test_the_family_table_has_every_fork_with_the_weights_that_it_adds(name):
     config = make_config(fork.kind, data="x", size="SiT-B/2")
     aligned, added, _ = family_row(f"tests/forks/{name}.py")
     assert added == added_at_b(getattr(fork.module, "build_model", build_model), config)
+    assert_cost_is_told(name)
     assert aligned.startswith("cls") == config.class_token
 
 
