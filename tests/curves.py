@@ -73,8 +73,8 @@ def draw_text(draw, x: float, y: float, words: str, anchor: str = "mm") -> None:
 
 
 def draw_panel(draw, left: int, panel: str, curves: list) -> None:
-    """Grid, curves and frame, between `left` and `left` + 820; see curves_of."""
-    right, top, bottom = left + 820, 150, 790
+    """Grid, curves and frame, between `left` and `left` + 780; see curves_of."""
+    right, top, bottom = left + 780, 150, 790
     first, *others = panel.split("/")
     title = ", ".join([first, *(f"thin: {key}" for key in others)])
     draw_text(draw, (left + right) / 2, 115, title)

@@ -263,6 +263,13 @@ def test_bad_input_ends_the_command_with_one_sentence(runs, tmp_path):
             parse_args(["run", flag])
 
 
+def test_the_last_label_of_a_curve_is_not_cut_off(tmp_path):
+    log = [dict(step=100, loss=1.0), dict(step=400_000, loss=0.5)]
+    draw_curves({"run": log}, ["loss"], tmp_path / "curves.png")
+    edge = Image.open(tmp_path / "curves.png").crop((498, 0, 500, 450))
+    assert edge.getcolors() == [(900, (255, 255, 255))]
+
+
 def test_curves_of_runs_share_a_picture_and_a_missing_one_is_left_out(runs, tmp_path):
     path = curves.run([str(folder) for folder in runs.values()], str(tmp_path))
     picture = Image.open(path)
@@ -284,8 +291,8 @@ def test_curves_of_runs_share_a_picture_and_a_missing_one_is_left_out(runs, tmp_
 def test_a_line_is_drawn_where_its_numbers_say(tmp_path):
     draw_curves({"a": [dict(step=s, up=s) for s in range(0, 101, 10)]}, ["up"], tmp_path / "c.png")
     picture = Image.open(tmp_path / "c.png")
-    for x in range(90, 480, 20):  # the frame is 75 to 485 across, 395 to 75 up, with 5% of margin
-        share = (x - 75) / 410
+    for x in range(90, 460, 20):  # the frame is 75 to 465 across, 395 to 75 up, with 5% of margin
+        share = (x - 75) / 390
         y = 395 - 320 * (0.05 + share) / 1.1
         assert picture.getpixel((x, round(y))) == ImageColor.getrgb(curves.COLOURS[0])
 
