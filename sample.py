@@ -1,589 +1,512 @@
-"""Images from a checkpoint: a labelled grid in seconds, or the 50,000 that an FID needs.
+"""Generates images from a checkpoint: a labelled grid, or the 50,000 that an FID needs.
 
-  python sample.py runs/maskalign-demo/latest.pt                   a grid; prints its path
-  python sample.py CKPT --classes 207,360 --cfg_scale 4            chosen classes, stronger guidance
-  python sample.py CKPT --trajectory                               how images come out of noise
-  torchrun --nproc_per_node=8 sample.py CKPT --num_images 50000 --out samples.npz    for an FID
+  python sample.py runs/maskalign-demo/latest.pt            a grid; prints its path
+  python sample.py CKPT --classes 207,360 --cfg_scale 4     chosen classes, more guidance
+  python sample.py CKPT --trajectory                        from noise to image: PNG and GIF
+  torchrun --nproc_per_node=8 sample.py CKPT --num_images 50000 --out samples.npz
 
-CKPT is a checkpoint of ours or a published one of SiT, REPA, REG or SRA. A grid uses the preset
-`grid` (ODE, 25 steps, guidance 2: pictures to look at), --num_images the preset `fid` (SDE, 250
-steps, no guidance: as the papers); typed flags win. Image i depends on --seed and i alone: on CPU
-its bytes are the same for any batch size; on GPU, and for other numbers of threads, up to rounding.
-
-Sections: 1 samplers, 2 checkpoints, 3 images by (seed, index), 4 the two uses, 5 the command.
-A fork whose sampling network is a plain SiT is drawn as it is; another one hands `main` its own
-Config, network or samplers.
+CKPT is a checkpoint of maskalign.py, or a published file of SiT, REPA, REG or SRA, which
+also needs --method and --size. Without other flags, a grid takes 25 steps of the ODE with
+guidance 2, and --num_images takes 250 steps of the SDE without guidance, as the papers.
 """
 
+from __future__ import annotations
+
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import sys
+import shutil
 import time
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
 import maskalign as ma
-from maskalign import BadInput, Config, build_model, decode_latents, explained, require, seeded
 
 
-# ---- 1. The samplers of the papers: from t = 1 (noise) to t = 0 (data), with every token ---------
-def guided_velocities(model, state: list, t: float, y: Tensor, scales: list, dtype) -> list:
-    """Velocities of state = [x] or [x, cls] at time t, guided by scales = [that of x, that of cls].
-    x is guided where its scale is above 1, and only then the class token, where its own is above 0
-    (as REG, whose scale 0 leaves it conditional); else only labels y are asked, in one call."""
-    v = ma.velocities(model, state, t, y, dtype)
-    if scales[0] <= 1:
-        return v
-    v_null = ma.velocities(model, state, t, torch.full_like(y, model.num_classes), dtype)
-    pairs = zip(v, v_null, scales, strict=False)  # without a class token one scale is left over
-    return [null + w * (label - null) if w > 0 else label for label, null, w in pairs]
+# ---- 1. The samplers of the papers: from noise at t = 1 to latents at t = 0
+# Each takes normal noise x (N, C, H, W), labels y (N,), and normal noise cls (N, z_dim) or
+# None, and returns latents. guidance are keywords of `scales`. randn_like, if given, makes
+# the noise of each step, first that of x, then that of cls.
+def scales(t, cfg_scale=1.0, cls_cfg_scale=None, guidance_low=0.0, guidance_high=1.0):
+    """The scales of maskalign.guided_velocity at time t: 1, which is none, out of bounds.
+
+    That of the class token is None for the same as x, or 0 for none, as in REG.
+    """
+    if not guidance_low <= t <= guidance_high:
+        return 1.0, 1.0
+    return cfg_scale, 1.0 if cls_cfg_scale == 0 else cls_cfg_scale
 
 
 @torch.no_grad()
-def euler_maruyama(
-    model,
-    x,
-    y,
-    cls=None,
-    *,
-    num_steps: int = 250,
-    cfg_scale: float = 1.0,
-    cls_cfg_scale: float | None = None,
-    guidance_low: float = 0.0,
-    guidance_high: float = 1.0,
-    sde: bool = True,
-    heun: bool = False,
-    randn_like=None,
-) -> Tensor:
-    """Integrates the reverse SDE, w_t = 2t, from standard normal x (N, C, H, W), cls (N, z_dim)
-    and labels y (N,) -> latents like x. Guided where guidance_low <= t <= guidance_high; the class
-    token by cls_cfg_scale, None: by cfg_scale. sde=False: dx/dt = v; heun averages v over both ends
-    of a step. randn_like: asked for latent, then class token."""
-    # NOTE(paper): it prints w_t = sigma_t = t; the code of its family uses twice that in the same
-    # equation. The score, the gradient of log density, is -(x + (1-t) v) / t: so the drift
-    # v - (w_t / 2) score is (2-t) v + x, and a step of dt < 0 adds noise of variance w_t |dt|.
-    state, dtype = [part.double() for part in (x, cls) if part is not None], x.dtype
-    guidance = [cfg_scale, cfg_scale if cls_cfg_scale is None else cls_cfg_scale]
-    grid = (1.0, 0.04, num_steps) if sde else (1.0, 0.0, num_steps + 1)
-    times = torch.linspace(*grid, dtype=torch.float64).tolist() + ([0.0] if sde else [])
-    for t, t_next in zip(times, times[1:], strict=False):
+def euler_maruyama(model, x, y, cls=None, *, num_steps=250, randn_like=None, **guidance):
+    """The papers' sampler, the reverse SDE: every step but the last one adds noise.
+
+    Its drift is v - (w_t / 2) score, where score = -(x + (1 - t) v) / t. With w_t = 2t this
+    is (2 - t) v + x, and a step dt < 0 adds noise of variance 2t |dt|.
+    NOTE(paper): it prints w_t = t. The code of SiT, REPA and REG uses 2t, and so do we.
+    """
+    randn_like = randn_like or torch.randn_like
+    dtype = x.dtype
+    x = x.double()
+    cls = None if cls is None else cls.double()
+    # The last step goes from 0.04, a constant of SiT's code, to 0, and adds no noise, since
+    # that would stay in the image.
+    times = [*torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+    for t, t_next in itertools.pairwise(times):
         dt = t_next - t
-        # For Heun the start of the step decides, as in the official code.
-        scales = guidance if guidance_low <= t <= guidance_high else [1.0, 1.0]
-        drift = guided_velocities(model, state, t, y, scales, dtype)
-        if heun and t_next > 0:
-            ahead = [a + dt * v for a, v in zip(state, drift, strict=True)]
-            v_ahead = guided_velocities(model, ahead, t_next, y, scales, dtype)
-            drift = [(v + v2) / 2 for v, v2 in zip(drift, v_ahead, strict=True)]
-        if sde:
-            drift = [(2 - t) * v + a for a, v in zip(state, drift, strict=True)]
-        state = [a + dt * d for a, d in zip(state, drift, strict=True)]
-        if sde and t_next > 0:  # the last step, 0.04 -> 0, adds none: it would stay visible
-            randn = randn_like or torch.randn_like
-            state = [a + math.sqrt(-2 * t * dt) * randn(a) for a in state]
-    return state[0].to(dtype)
+        v, v_cls = ma.guided_velocity(model, x, t, y, cls, dtype, *scales(t, **guidance))
+        x = x + dt * ((2 - t) * v + x)
+        if cls is not None:
+            cls = cls + dt * ((2 - t) * v_cls + cls)
+        if t_next > 0:
+            std = math.sqrt(-2 * t * dt)
+            x = x + std * randn_like(x)
+            cls = None if cls is None else cls + std * randn_like(cls)
+    return x.to(dtype)
 
 
-# maskalign.euler_ode with the flags of the papers; a test proves them equal.
-euler_ode = functools.partial(euler_maruyama, num_steps=50, sde=False)
-SAMPLERS = dict(sde=euler_maruyama, ode=euler_ode, heun=functools.partial(euler_ode, heun=True))
+def euler_ode(model, x, y, cls=None, *, num_steps=50, randn_like=None, states=None, **guidance):
+    """maskalign.euler_ode with all keywords. The list states, if given, gets x at each step."""
+    ours = functools.partial(velocity, guidance=guidance, states=states)
+    return ma.euler_ode(model, x, y, cls, num_steps=num_steps, velocity=ours)
 
 
-# ---- 2. Checkpoints: ours, and the published ones of SiT, REPA and REG ---------------------------
-def load_checkpoint(
-    path: str, raw: bool = False, num_heads: int = 0, kind=Config, build_model=build_model
-) -> tuple[nn.Module, Config]:
-    """The network of a checkpoint, in eval mode, and its config.
-    raw: the trained weights in place of their average (EMA). num_heads is only needed for a
-    published file of none of our SIZES: shapes do not tell it. kind, build_model: a fork's own.
-    Raises BadInput for others (but a DiT has the same shapes as the original SiT, and a fork
-    may have those of ours: without its keywords they would load and give noise)."""
-    # REPA's and REG's files carry their command line as argparse.Namespace, a plain container.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        saved = ma.read_weights(str(path))
-    name = "model" if raw else "ema"
-    wrapped = isinstance(saved, dict) and not {"ema", "model"}.isdisjoint(saved)
-    state = saved.get(name) if wrapped else saved
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise BadInput(f"{path} holds no state dict{f' called {name}' if wrapped else ''}")
-    with explained(f"{path} holds no SiT that fits: name another, or use the command of its fork"):
-        state = from_official(state)
-        if wrapped and "config" in saved:
-            config = read_config(saved["config"], kind)
-        else:
-            state, config = from_published(state, path, num_heads, kind)
+def velocity(model, x, t, y, cls, dtype, _, guidance: dict, states: list | None) -> tuple:
+    """What maskalign.euler_ode asks for at each step."""
+    if states is not None:
+        states.append(x)
+    return ma.guided_velocity(model, x, t, y, cls, dtype, *scales(t, **guidance))
 
-        # Sampling needs no projector: one that is not of this network, as a fork's, is left out.
-        model = build_model(config)
-        if projector_shapes(state) != projector_shapes(model.state_dict()):
-            for key in projector_shapes(state):
-                del state[key]
-            config = dataclasses.replace(config, align_coeff=0.0)
-            model = build_model(config)
-        model.load_state_dict(state)
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise BadInput(f"{path} holds weights that are not finite: name an earlier checkpoint")
+
+@torch.no_grad()
+def heun_ode(model, x, y, cls=None, *, num_steps=50, randn_like=None, **guidance):
+    """Heun's method: a step follows the mean of the velocities at its start and at its end."""
+    dtype = x.dtype
+    x = x.double()
+    cls = None if cls is None else cls.double()
+    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    for t, t_next in itertools.pairwise(times):
+        dt = t_next - t
+        on = scales(t, **guidance)
+        v, v_cls = ma.guided_velocity(model, x, t, y, cls, dtype, *on)
+        if t_next > 0:  # there is no velocity at t = 0
+            x_end = x + dt * v
+            cls_end = None if cls is None else cls + dt * v_cls
+            v_end, v_cls_end = ma.guided_velocity(model, x_end, t_next, y, cls_end, dtype, *on)
+            v = (v + v_end) / 2
+            v_cls = None if cls is None else (v_cls + v_cls_end) / 2
+        x = x + dt * v
+        cls = None if cls is None else cls + dt * v_cls
+    return x.to(dtype)
+
+
+SAMPLERS = dict(sde=euler_maruyama, ode=euler_ode, heun=heun_ode)
+
+
+# ---- 2. The autoencoder of Stable Diffusion (SD-VAE)
+class AutoencoderKL:
+    """Images (N, 3, H, W) in [-1, 1] <-> latents (N, 4, H / 8, W / 8), not scaled."""
+
+    def __init__(self, state_dict: dict, scale: float = 0.18215):
+        self.scale = scale  # gives the latents a variance of about 1
+        self.tensors = state_dict
+        names = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+        for old, new in names.items():  # files from before 2023
+            self.tensors = {k.replace(old, new): v for k, v in self.tensors.items()}
+
+    def layer(self, name):
+        return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+
+    def norm(self, name, h):
+        return F.group_norm(h, 32, *self.layer(name), eps=1e-6)
+
+    def conv(self, name, h):
+        return F.conv2d(h, *self.layer(name), padding="same")
+
+    def resnet(self, name, x):
+        h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)))
+        h = self.conv(f"{name}.conv2", F.silu(self.norm(f"{name}.norm2", h)))
+        if h.shape != x.shape:
+            x = self.conv(f"{name}.conv_shortcut", x)
+        return x + h
+
+    def middle(self, name, x):
+        x = self.resnet(f"{name}.resnets.0", x)
+        attn = f"{name}.attentions.0"
+        h = self.norm(f"{attn}.group_norm", x).flatten(2).mT  # (N, HW, C)
+        q, k, v = (F.linear(h, *self.layer(f"{attn}.to_{letter}")) for letter in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = F.linear(h, *self.layer(f"{attn}.to_out.0")).mT.reshape(x.shape)
+        return self.resnet(f"{name}.resnets.1", x + h)
+
+    def moments(self, images: Tensor) -> Tensor:
+        h = self.conv("encoder.conv_in", images)
+        for i in range(4):
+            h = self.resnet(f"encoder.down_blocks.{i}.resnets.0", h)
+            h = self.resnet(f"encoder.down_blocks.{i}.resnets.1", h)
+            if i < 3:  # half the size; padded on the right and at the bottom only
+                down = self.layer(f"encoder.down_blocks.{i}.downsamplers.0.conv")
+                h = F.conv2d(F.pad(h, (0, 1, 0, 1)), *down, stride=2)
+        h = self.middle("encoder.mid_block", h)
+        h = self.conv("encoder.conv_out", F.silu(self.norm("encoder.conv_norm_out", h)))
+        mean, logvar = self.conv("quant_conv", h).chunk(2, dim=1)
+        return torch.cat([mean, torch.exp(0.5 * logvar.clamp(-30, 20))], dim=1)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        h = self.conv("decoder.conv_in", self.conv("post_quant_conv", latents))
+        h = self.middle("decoder.mid_block", h)
+        for i in range(4):
+            for j in range(3):
+                h = self.resnet(f"decoder.up_blocks.{i}.resnets.{j}", h)
+            if i < 3:
+                h = F.interpolate(h, scale_factor=2.0)
+                h = self.conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", h)
+        return self.conv("decoder.conv_out", F.silu(self.norm("decoder.conv_norm_out", h)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of the latents (N, 8, h, w); 32 images at a time."""
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self.moments(some) for some in images.split(32)])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return torch.cat([self.pixels(some) for some in latents.split(32)])
+
+
+def load_vae(name: str, scale: float, device) -> AutoencoderKL:
+    """The SD-VAE in float32, from a file or from a repository of the Hugging Face hub."""
+    if os.path.isfile(name):
+        state = timm.models.load_state_dict(name)
+    else:
+        file = "diffusion_pytorch_model.safetensors"
+        state = timm.models.load_state_dict_from_hf(name, file)
+    channels = len(state["encoder.conv_out.weight"]) // 2
+    assert channels == 4, f"vae {name} has {channels} latent channels: choose one with 4"
+    vae = AutoencoderKL({k: v.to(device).float() for k, v in state.items()}, scale)
+    mean_std = vae.encode(torch.zeros(1, 3, 16, 16, device=device))
+    vae.decode(mean_std[:, :4])  # if a tensor is missing, this fails, and not later
+    return vae
+
+
+# ---- 3. Checkpoints: ours, and published ones
+def load_checkpoint(path, raw=False, kind=ma.Config, build_model=ma.SiT, **given) -> tuple:
+    """The network of a checkpoint, in eval mode and without projector, and its config.
+
+    raw takes the trained weights instead of their average (EMA). kind and build_model are
+    those of a fork. For a published file, size, method (sit for the original SiT, repa, reg,
+    sra), and what else differs from the defaults of Config, are given.
+    """
+    if str(path).endswith(".safetensors"):
+        saved = timm.models.load_state_dict(path)
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    state = from_official(saved.get("model" if raw else "ema", saved))
+    if "config" in saved:
+        script = saved["config"].get("sample_with")
+        known = {field.name for field in dataclasses.fields(kind)}
+        assert not script or "sample_with" in known, f"{path} is for {script} alone"
+        config = kind(**{k: v for k, v in saved["config"].items() if k in known})
+    else:
+        state, config = read_published(path, state, saved.get("args"), given)
+    config = dataclasses.replace(config, align_coeff=0.0)  # then there is no projector
+    model = build_model(config)
+    model.load_state_dict({k: v for k, v in state.items() if not k.startswith("projector")})
+    finite = all(value.isfinite().all() for value in model.state_dict().values())
+    assert finite, f"{path} has weights that are not finite: take an earlier checkpoint"
     return model.eval().requires_grad_(False), config
 
 
-def read_config(saved: dict, kind: type) -> Config:
-    """The config in a checkpoint of ours, checked as what is typed. A fork's file may have more."""
-    known = {field.name for field in dataclasses.fields(kind)} & saved.keys()
-    known = {name: saved[name] for name in known}
-    # The rows, maybe those of a fork, are mere names here: all that they set is in the file.
-    rows = dict(method=kind.method, size=next(iter(kind.sizes)))
-    config = ma.make_config(kind, **(known | rows))
-    config = dataclasses.replace(config, method=known["method"], size=known["size"])
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        if not isinstance(value, (int, float) if field.type is float else field.type):
-            raise TypeError(f"{field.name} is {value!r}")
-    names = config.class_names
-    if len(names) not in (0, config.num_classes) or {*map(type, names)} - {str}:
-        raise ValueError(f"class_names are {names}")
-    return config
-
-
-def projector_shapes(state: dict) -> dict:
-    """Names and shapes of the projector in a state dict."""
-    return {key: value.shape for key, value in state.items() if key.startswith("projectors.")}
-
-
 def from_official(state_dict: dict) -> dict:
-    """A REPA or REG state dict in our names; one that has them already passes unchanged."""
-    new = {"cls_projectors2": "cls_embedder", "wg_norm": "cls_norm", "linear_cls": "cls_head"}
+    """A state dict of SiT, REPA, REG or SRA with our names, which stay as they are."""
+    names = dict(cls_projectors2="cls_embedder", wg_norm="cls_norm", linear_cls="cls_head")
+    names |= dict(module="", _orig_mod="", embedding_table="")  # these parts are left out
     renamed = {}
     for key, value in state_dict.items():
-        parts = [part for part in key.split(".") if part not in ("module", "_orig_mod")]
-        renamed[".".join(new.get(part, part) for part in parts)] = value
+        parts = [names.get(part, part) for part in key.split(".")]
+        key = ".".join(part for part in parts if part)
+        renamed[key.replace("projectors.0.", "projector.")] = value
     return renamed
 
 
-def from_published(state: dict, path: str, num_heads: int, kind: type) -> tuple[dict, Config]:
-    """A published state dict -> (weights in our convention, config read off the shapes)."""
-    state = merge_halves(state)
-    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    class_token = "cls_norm.weight" in state
-    tokens = state["pos_embed"].shape[1] - class_token
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    mixers = {key.split(".")[1] for key in state if key.startswith("mixer.")}
-    out_dim = len(state["final_layer.linear.weight"])
-    rows = {(row["hidden_size"], row["depth"]): row for row in kind.sizes.values()}
-    row = rows.get((dim, depth), {})
-    if not (num_heads or row):
-        raise ValueError(f"width {dim}, depth {depth}: use load_checkpoint(..., num_heads=N)")
-    projector = "projectors.0.4.weight" in state
-    last = "projectors.0.4.weight" if projector else "final_layer.cls_head.weight"
-    config = kind(
-        method="published",
-        size=Path(path).stem,
-        hidden_size=dim,
-        depth=depth,
-        num_heads=num_heads or row["num_heads"],
-        patch_size=patch,
-        mixer_depth=len(mixers),
-        class_token=class_token,
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        z_dim=len(state[last]) if last in state else Config.z_dim,
-        align_coeff=0.5 if projector else 0.0,
-        align_depth=min(row.get("align_depth", 1), depth),
-        projector_dim=len(state["projectors.0.0.weight"]) if projector else Config.projector_dim,
-        image_size=math.isqrt(tokens) * patch * (8 if channels == 4 else 1),
-        vae=Config.vae if channels == 4 else "none",
-    )
-    if out_dim == 2 * channels * patch**2:  # learn_sigma: only the original SiT has it
-        state = from_original_sit(state, channels)
-    unused = ("projectors.1.", "ap_head.")  # of a second teacher (REPA), or of SRA's training
-    return {key: value for key, value in state.items() if not key.startswith(unused)}, config
+def read_published(path, state: dict, args, given: dict) -> tuple[dict, ma.Config]:
+    """Weights in our convention, and config. What the file's args say of it is believed."""
+    args = vars(args or argparse.Namespace())
+    prediction = args.get("prediction", "v")
+    path_type = args.get("path_type", "linear")
+    assert prediction in ("v", "velocity"), f"{path} predicts {prediction}, not a velocity"
+    assert path_type.lower() == "linear", f"{path} has a {path_type} path, not a linear one"
+    assert "DiT" not in args.get("model", ""), f"{path} is a DiT, which predicts noise"
+    assert {"size", "method"} <= given.keys(), f"{path} does not tell: give --size, --method"
+    table = state["y_embedder.weight"]
+    given = dict(given, num_classes=args.get("num_classes", len(table) - 1))
+    if len(table) == given["num_classes"]:  # no null class was trained: no guidance
+        state["y_embedder.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
+        given["label_dropout"] = 0.0
+    if given["method"] == "sit":
+        state = from_original_sit(state)
+    if given["method"] == "sra":  # a SiT, and a head that only training needs
+        given["method"] = "sit"
+        state = {k: v for k, v in state.items() if not k.startswith("ap_head.")}
+    return state, ma.make_config(data="published", **given)
 
 
-def merge_halves(state: dict) -> dict:
-    """REPA's first checkpoints number the blocks after the alignment layer anew: decoder_blocks."""
-    first = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith("decoder_blocks."):
-            _, i, rest = key.split(".", 2)
-            key = f"blocks.{int(i) + first}.{rest}"
-        renamed[key] = value
-    return renamed
+def from_original_sit(state: dict) -> dict:
+    """The original SiT, whose time runs from noise to data, as a network of ours. Exact.
 
-
-def from_original_sit(state: dict, channels: int) -> dict:
-    """The original SiT, whose time runs the other way, as a network of our convention. Exact.
-    With t' = 1 - t, cos(w t') = cos w cos wt + sin w sin wt and sin(w t') = sin w cos wt - cos w
-    sin wt: a rotation of the time features, which the first layer of the time MLP absorbs. Its
-    velocity points from noise to data, so the last layer changes its sign; of the 2C outputs per
-    pixel (learn_sigma) the second half is dropped."""
+    With t' = 1 - t, cos(w t') = cos w cos wt + sin w sin wt and sin(w t') = sin w cos wt -
+    cos w sin wt, which the first layer of the time MLP can absorb. The velocity changes its
+    sign. With learn_sigma there are twice as many channels, of which SiT uses the first half.
+    """
     state = dict(state)
     weight = state["t_embedder.mlp.0.weight"]
-    omega = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32) / 128).double()
-    a, b = weight.double().chunk(2, dim=1)  # of the cosines, of the sines
-    turned = [a * omega.cos() + b * omega.sin(), a * omega.sin() - b * omega.cos()]
-    state["t_embedder.mlp.0.weight"] = torch.cat(turned, dim=1).to(weight.dtype)
+    w = torch.exp(-math.log(10000.0) * torch.arange(128) / 128).double()
+    of_cos, of_sin = weight.double().chunk(2, dim=1)
+    new_cos = of_cos * w.cos() + of_sin * w.sin()
+    new_sin = of_cos * w.sin() - of_sin * w.cos()
+    state["t_embedder.mlp.0.weight"] = torch.cat([new_cos, new_sin], dim=1).to(weight.dtype)
+    _, channels, p, _ = state["x_embedder.proj.weight"].shape
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[name].unflatten(0, (-1, 2 * channels))[:, :channels]  # channel is fastest
-        state[name] = -rows.flatten(0, 1)
+        rows = state[name].unflatten(0, (p * p, -1))  # the channel varies fastest
+        state[name] = -rows[:, :channels].flatten(0, 1)
     return state
 
 
-# ---- 3. Images that depend on (seed, index) alone ------------------------------------------------
+# ---- 4. Images that depend on (seed, index) alone, up to rounding
 GUIDANCE = ("cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high")
-GROUP = 16  # on CPU the network always sees images 16 k to 16 k + 15 together
-
-
-@dataclasses.dataclass
-class Job:
-    """What is asked for, and what draws it: run fills it."""
-
-    args: argparse.Namespace
-    config: Config
-    model: nn.Module
-    vae: object  # AutoencoderKL; None in pixel space
-    sampler: object  # called as euler_maruyama
-    rank: int
-    world_size: int
-    device: torch.device
+Job = namedtuple("Job", "args config model vae sampler device")  # what generates images
 
 
 def randn_of(streams: list, like: Tensor) -> Tensor:
-    """Standard normal noise like `like` (N, ...), a row from each of N generators on the CPU."""
-    noise = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in streams]
-    return torch.stack(noise).to(like.device)
+    """Normal noise like `like` (N, ...), a row from each of N generators."""
+    rows = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in streams]
+    return torch.stack(rows).to(like.device)
 
 
-def sample_images(job: Job, indices: range, label_of) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of N indices; image i has class label_of(i), or -1: a random one.
-    Each image has a random stream of its own: label, latent, class token, then the SDE's noise."""
-    args, config, device = job.args, job.config, job.device
-    streams = [seeded("cpu", "image", args.seed, i) for i in indices]
-    # A label is drawn in any case: so an image has the same noise whatever its class.
-    labels = [int(torch.randint(config.num_classes, (), generator=g)) for g in streams]
-    for row, i in enumerate(indices):
-        if label_of(i) >= 0:
-            labels[row] = label_of(i)
+def generate(job: Job, indices: range, labels: list | None = None, **more) -> np.ndarray:
+    """Images uint8 (n, H, W, 3) with n indices and labels, by default random ones.
 
-    n, randn_like = len(indices), functools.partial(randn_of, streams)
-    x = randn_like(torch.empty(n, *config.latent_shape, device=device))
-    cls = randn_like(torch.empty(n, config.z_dim, device=device)) if config.class_token else None
-    settings = {name: getattr(args, name) for name in GUIDANCE}
-    settings |= dict(num_steps=args.steps, randn_like=randn_like)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.fast):
-        x = job.sampler(job.model, x, torch.tensor(labels, device=device), cls, **settings)
-    return decode_latents(job.vae, x).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def in_batches(job: Job, first: int, last: int, label_of) -> np.ndarray:
-    """Images first..last - 1 as sample_images. Whole groups are computed, on CPU one at a time: so
-    an image is always computed beside the same others, and its bytes never change."""
-    start, stop = first // GROUP * GROUP, -(-last // GROUP) * GROUP
-    size = GROUP * max(1, job.args.batch_size // GROUP if job.device.type == "cuda" else 1)
-    batches = [range(i, min(i + size, stop)) for i in range(start, stop, size)]
-    images = [sample_images(job, batch, label_of) for batch in batches]
-    return np.concatenate(images)[first - start : last - start]
+    Each image has a random stream of its own: label, latent, class token, noise of the SDE.
+    """
+    config, device = job.config, job.device
+    streams = [ma.seeded("cpu", "image", job.args.seed, i) for i in indices]
+    randint = functools.partial(torch.randint, config.num_classes, ())
+    random_labels = [int(randint(generator=g)) for g in streams]
+    y = torch.tensor(labels or random_labels, device=device)
+    randn_like = functools.partial(randn_of, streams)
+    x = randn_like(torch.empty(len(y), *config.latent_shape, device=device))
+    cls = None
+    if config.class_token:
+        cls = randn_like(torch.empty(len(y), config.z_dim, device=device))
+    more |= {name: getattr(job.args, name) for name in GUIDANCE}
+    more |= dict(num_steps=job.args.steps, randn_like=randn_like)
+    with torch.autocast(device.type, torch.bfloat16, enabled=job.args.fast):
+        return to_numpy(job.vae, job.sampler(job.model, x, y, cls, **more))
 
 
-# ---- 4. The two uses: a picture, or very many images ---------------------------------------------
-SHARD = 256  # images per resumable part of a large run
+def to_numpy(vae, x: Tensor) -> np.ndarray:
+    return ma.decode_latents(vae, x).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(images: Tensor, names: list, path: Path) -> None:
-    """Draws uint8 images (R * C, 3, H, W) as R rows, each with its name, into a PNG."""
-    images = F.interpolate(images.cpu(), scale_factor=max(1, 96 // images.shape[-1]))  # big pixels
-    grid = torchvision.utils.make_grid(images, len(images) // len(names), pad_value=255)
+# ---- 5. Pictures: a grid, or the way from noise to images
+def draw_rows(images: np.ndarray, names: list) -> Image.Image:
+    """images uint8 (R, C, H, W, 3) as R rows, with their names on the left."""
+    rows, columns, height, width, _ = images.shape
+    tiles = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2)
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // height))  # large pixels
+    grid = torchvision.utils.make_grid(tiles, columns, pad_value=255)
     picture = Image.new("RGB", (grid.shape[2] + 80, grid.shape[1]), "white")
     picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (80, 0))
-    row = grid.shape[1] / len(names)
-    for i, name in enumerate(names):
-        place = (6, (i + 0.5) * row)
+    for r, name in enumerate(names):
+        place = (6, (r + 0.5) * grid.shape[1] / rows)
         ImageDraw.Draw(picture).text(place, name[:12], fill="black", anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    return picture
 
 
-def draw_grid(job: Job, classes: list) -> Tensor:
-    """One row of --per_class images for each class, in reading order: uint8 (R * C, 3, H, W)."""
-    each = job.args.per_class
-    images = in_batches(job, 0, len(classes) * each, lambda i: classes[i // each % len(classes)])
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+def draw_grid(job: Job, classes: list, names: list, path: Path) -> None:
+    """A row of --per_class images for each class."""
+    labels = np.repeat(classes, job.args.per_class).tolist()
+    images = generate(job, range(len(labels)), labels)
+    draw_rows(images.reshape(len(classes), -1, *images.shape[1:]), names).save(path)
 
 
-def draw_trajectory(job: Job, classes: list) -> Tensor:
-    """One row for each class: the noisy state at eight times, from noise on, then the image."""
-    states = {}  # by time, the last of each: guidance and Heun call the network there again
-
-    def note(_, inputs):
-        states[tuple(inputs[1].flatten().tolist())] = inputs[0]
-
-    hook = job.model.register_forward_pre_hook(note)
-    final = sample_images(job, range(GROUP), lambda i: classes[i % len(classes)])
-    hook.remove()
-    visited = list(states.values())
-    kept = [visited[round(i)] for i in np.linspace(0, len(visited) - 1, 8)]
-    frames = [decode_latents(job.vae, state).cpu() for state in kept]
-    frames.append(torch.from_numpy(final).permute(0, 3, 1, 2))
-    return torch.stack([frame[: len(classes)] for frame in frames], dim=1).flatten(0, 1)
+def draw_trajectory(job: Job, classes: list, names: list, path: Path) -> None:
+    """An image of each class at nine times from noise on, as PNG; at all times, as GIF."""
+    states = []
+    final = generate(job, range(len(classes)), classes, states=states)
+    frames = [*(to_numpy(job.vae, x) for x in states), final]
+    kept = [frames[round(k)] for k in np.linspace(0, len(frames) - 1, 9)]
+    draw_rows(np.stack(kept, axis=1), names).save(path)
+    first, *others = [draw_rows(frame[:, None], names) for frame in frames]
+    times = [80] * len(states) + [1500]  # milliseconds
+    how = dict(save_all=True, append_images=others, duration=times, loop=0)
+    first.save(path.with_suffix(".gif"), **how)
 
 
-@contextlib.contextmanager
-def whole_file(path: Path):
-    """A file to write that gets its name once it is whole: a kill leaves none, or the old one."""
-    with open(f"{path}.tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+# ---- 6. Many images, in one npz of ADM's format
+def write_many(job: Job, settings: str, out: Path, rank: int, world_size: int) -> None:
+    """--num_images as an npz: arr_0 is uint8 (N, H, W, 3), settings is JSON text.
 
-
-def write_many(job: Job, protocol: dict) -> Path:
-    """--num images as an ADM npz (arr_0, uint8 NHWC) or as PNG files; returns the path.
-    Works in shards: a finished one is a file, and a run that was killed goes on with the next."""
-    args, text = job.args, json.dumps(protocol, indent=1).encode()
-    out = Path(args.png or args.out)
-    work = out if args.png else Path(f"{out}.parts")
-    record = out / "samples.json" if args.png else out.with_suffix(".json")
-    if out.exists() and record.exists() and record.read_bytes() == text:
-        return out  # finished before
-
-    shards = [work / f"{k:06d}.raw" for k in range(-(-args.num // SHARD))]
-    if job.rank == 0:
-        claim(out, record, shards, text)
-    if job.world_size > 1:
+    At first each image is a file in a folder. After a kill, the same command generates those
+    that are missing. Images of other settings are refused, so they never mix.
+    """
+    if out.exists():
+        with np.load(out) as file:
+            assert str(file["settings"]) == settings, f"{out} has other settings: choose --out"
+        return
+    folder = Path(f"{out}.parts")
+    record = folder / "settings.json"
+    if rank == 0 and not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(settings)
+    if world_size > 1:
         dist.barrier()
-    mine = range(job.rank, len(shards), job.world_size)  # whatever the others have done by now
-    missing = [k for k in mine if not is_whole(job, shards[k])]
-    for k in tqdm(missing, f"shards of {SHARD}", disable=job.rank > 0):
-        write_shard(job, k, shards[k])
-    if job.rank == 0:
-        while not all(is_whole(job, shard) for shard in shards):  # a barrier would time out
+    assert record.read_text() == settings, f"{folder} has other settings: choose --out"
+
+    args = job.args
+    files = [folder / f"{i:06d}.png" for i in range(args.num_images)]
+    firsts = range(0, args.num_images, args.batch_size)
+    for first in tqdm(firsts[rank::world_size], disable=rank > 0 or None):
+        indices = range(first, min(first + args.batch_size, args.num_images))
+        if all(files[i].exists() for i in indices):
+            continue
+        labels = [i % job.config.num_classes for i in indices]
+        images = generate(job, indices, labels if args.labels == "balanced" else None)
+        for i, image in zip(indices, images, strict=True):
+            beside = f"{files[i]}.{os.getpid()}.tmp"
+            Image.fromarray(image).save(beside, "PNG")
+            os.replace(beside, files[i])
+    if rank == 0:
+        while not all(file.exists() for file in files):  # others are still at work
             time.sleep(1)
-        finish(job, shards, out, record, text)
-    return out
+        join(files, settings, out)
+        shutil.rmtree(folder)
 
 
-def claim(out: Path, record: Path, shards: list, protocol: bytes) -> None:
-    """Makes the folder in which shards of this protocol are collected. Raises BadInput where it
-    holds something else, or where the result would replace what this program did not write."""
-    work, claimed = shards[0].parent, shards[0].with_name("protocol.json")
-    found = claimed.read_bytes() if claimed.exists() else None
-    others = {file.name for file in work.glob("*")} - {"protocol.json.tmp"}  # of a kill in here
-    foreign = others if found is None else not protocol.startswith(found)
-    if foreign:
-        raise BadInput(f"{work} holds other files, or images of other settings: name another")
-    if record.exists() or out.exists() and work != out and found is None:
-        with explained(f"{out}, {record.name} may not be of this program: name another --out"):
-            if json.loads(record.read_bytes()).keys() != json.loads(protocol).keys():
-                raise ValueError("no record of samples")
-
-    work.mkdir(parents=True, exist_ok=True)
-    if found != protocol:  # new; or cut short: then nobody knows of what settings the shards are
-        for shard in shards:
-            shard.unlink(missing_ok=True)
-        with whole_file(claimed) as file:
-            file.write(protocol)
-
-
-def is_whole(job: Job, shard: Path) -> bool:
-    """Whether a shard was written to its end."""
-    count = 0 if job.args.png else min(SHARD, job.args.num - int(shard.stem) * SHARD)
-    return shard.exists() and shard.stat().st_size == count * 3 * job.config.image_size**2
-
-
-def write_shard(job: Job, k: int, shard: Path) -> None:
-    """Draws images k * SHARD to (k + 1) * SHARD - 1 into a file, or into PNG files beside it."""
-    args, num_classes = job.args, job.config.num_classes
-    first, last = k * SHARD, min((k + 1) * SHARD, args.num)
-    balanced = args.labels == "balanced"
-    images = in_batches(job, first, last, lambda i: i % num_classes if balanced else -1)
-    if args.png:
-        for i, image in enumerate(images, start=first):
-            Image.fromarray(image).save(shard.with_name(f"{i:06d}.png"))
-        images = images[:0]  # an empty shard marks them as done
-    with whole_file(shard) as file:
-        file.write(images.tobytes())
-
-
-def finish(job: Job, shards: list, out: Path, record: Path, protocol: bytes) -> None:
-    """Joins the shards into one npz, as a stream: memory stays flat. Stores the protocol beside it,
-    or in the folder of PNG files, and tidies up."""
-    work, side = shards[0].parent, job.config.image_size
-    if not job.args.png:
-        record.unlink(missing_ok=True)  # it never stands beside images of other settings
-        header = dict(descr="|u1", fortran_order=False, shape=(job.args.num, side, side, 3))
-        with (
-            whole_file(out) as file,
-            zipfile.ZipFile(file, "w") as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as array,
-        ):
+def join(files: list, settings: str, out: Path) -> None:
+    """PNG files -> npz, one after the other, so memory stays flat."""
+    width, height = Image.open(files[0]).size
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
+    beside = f"{out}.{os.getpid()}.tmp"
+    with zipfile.ZipFile(beside, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
-            for shard in shards:
-                array.write(shard.read_bytes())
-    with whole_file(record) as file:
-        file.write(protocol)
-    for file in (*shards, work / "protocol.json"):
-        file.unlink()
-    with contextlib.suppress(OSError):  # a folder of PNG files is not empty
-        work.rmdir()
+            for file in files:
+                array.write(np.asarray(Image.open(file)).tobytes())
+        with archive.open("settings.npy", "w") as array:
+            np.lib.format.write_array(array, np.array(settings))
+    os.replace(beside, out)
 
 
-# ---- 5. The command ------------------------------------------------------------------------------
-PRESETS = {
-    "grid": dict(sampler="ode", steps=25, cfg_scale=2.0),
-    "fid": dict(sampler="sde", steps=250, cfg_scale=1.0, out="samples.npz"),
-}
-
-
-def parse_classes(text: str, config: Config) -> list:
-    """`207,360` or names, as in the data -> labels. Without any: eight classes, evenly spread."""
-    if not text:
-        return sorted({round(k) for k in np.linspace(0, config.num_classes - 1, 8)})
-    names = {name: k for k, name in enumerate(config.class_names)}
-    names |= {str(k): k for k in range(config.num_classes)}
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in names:
-            known = ", ".join([f"0 to {config.num_classes - 1}", *config.class_names[:8]])
-            raise BadInput(f"unknown class {word!r}: choose from {known}")
-    return [names[word] for word in words]
-
-
-def build_parser(samplers: dict) -> argparse.ArgumentParser:
-    """The flags."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
+# ---- 7. The command
+def parse_args(argv: list | None, samplers: dict) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s CKPT [--classes NAMES] [--num_images N] [--out FILE] ...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("checkpoint", help="latest.pt of a run, or a published file")
-    add("--classes", default="", help="numbers or names, with commas between [8 of all]")
-    add("--per_class", type=int, help="images per row of the grid [8]")
-    note = "write this many images, no grid (older torchruns take --num for a flag of their own)"
-    add("--num", "--num_images", type=int, default=0, help=note)
-    add("--out", help="file to write [grid.png beside the checkpoint, or samples.npz]")
-    add("--png", default="", metavar="DIR", help="with --num: PNG files in DIR instead of an npz")
-    add("--labels", choices=["random", "balanced"], help="with --num [random]")
-    add("--trajectory", action="store_true", help="draw the way from noise to image")
-    add("--sampler", choices=samplers, help="[grid: ode, --num: sde]")
-    add("--steps", type=int, help="steps of the sampler [grid: 25, --num: 250]")
-    add("--cfg_scale", type=float, help="guidance; 1 is none [grid: 2, --num: 1]")
-    add("--cls_cfg_scale", type=float, help="that of the class token; 0 is none [cfg_scale]")
-    add("--guidance_low", type=float, default=0.0, help="guide only where t is at least this [0]")
-    add("--guidance_high", type=float, default=1.0, help="... and at most this; 1 is noise [1]")
-    add("--seed", type=int, default=0, help="image i depends on this and on i alone [0]")
-    add("--raw", action="store_true", help="the trained weights, not their average (EMA)")
-    add("--batch_size", type=int, default=64, help="images at a time on a GPU [64]; CPU: 16")
-    add("--fast", action="store_true", help="bf16, and torch.compile on GPU; the record is float32")
-    add("--vae_weights", default="", help="file to read instead of the hub's VAE")
-    return parser
-
-
-def parse_args(argv: list | None = None, samplers: dict = SAMPLERS) -> argparse.Namespace:
-    """The command line, with the preset filled in. Raises BadInput."""
-    args = build_parser(samplers).parse_args(argv)
-    # What would have no effect is refused.
-    for name in ("classes", "per_class", "trajectory"):
-        require(args, name, not (args.num and getattr(args, name)), "used without --num_images")
-    for name in ("png", "labels"):
-        require(args, name, args.num or not getattr(args, name), "used with --num_images")
-    require(args, "per_class", not (args.trajectory and args.per_class), "used for grids alone")
-    require(args, "out", not (args.out and args.png), "used without --png")
-
-    preset = PRESETS["fid" if args.num else "grid"] | dict(per_class=8, labels="random")
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    add("checkpoint", metavar="CKPT", help="latest.pt of a run, or a published file")
+    add("--out", metavar="FILE", help="file to write [grid.png beside CKPT; samples.npz]")
+    add("--classes", default="", metavar="NAMES", help="names or numbers, as 207,star [8 of all]")
+    add("--per_class", type=int, default=8, metavar="N", help="images per row of a grid [8]")
+    add("--trajectory", action="store_true", help="show how images come out of noise")
+    add("--num_images", type=int, default=0, metavar="N", help="write so many, without a grid")
+    add("--labels", choices=["random", "balanced"], default="random", help="of --num_images")
+    add("--sampler", choices=samplers, help="[ode; for --num_images: sde]")
+    add("--steps", type=int, metavar="N", help="steps of the sampler [25; 250]")
+    text = "guidance; 1 is none [2; 1]. The code of SiT and DiT guides 3 of 4 channels only"
+    add("--cfg_scale", type=float, metavar="X", help=text)
+    add("--cls_cfg_scale", type=float, metavar="X", help="that of the class token [the same]")
+    add("--guidance_low", type=float, default=0.0, metavar="T", help="guide from this t on [0]")
+    add("--guidance_high", type=float, default=1.0, metavar="T", help="guide up to this t [1]")
+    add("--seed", type=int, default=0, metavar="N", help="decides image i together with i [0]")
+    add("--raw", action="store_true", help="take the weights themselves, not their average")
+    add("--batch_size", type=int, default=64, metavar="N", help="images at a time [64]")
+    add("--fast", action="store_true", help="compute in bfloat16")
+    add("--vae", metavar="VAE", help="SD-VAE: file or hub name [that of the training]")
+    add("--size", choices=ma.SIZES, help="network of a published file")
+    add("--method", choices=["sit", "repa", "reg", "sra"], help="where it comes from")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (250 if args.num_images else 25)
+    args.sampler = args.sampler or ("sde" if args.num_images else "ode")
     if args.sampler not in samplers:
-        args.sampler = next(iter(samplers))  # a fork's own comes first
-
-    for name in ("per_class", "steps", "batch_size"):
-        require(args, name, getattr(args, name) > 0, "above 0")
-    for name in ("num", "seed"):
-        require(args, name, getattr(args, name) >= 0, "0 or above")
-    fits = 0 <= args.guidance_low <= args.guidance_high <= 1
-    require(args, "guidance_low", fits, "at most guidance_high, both between 0 and 1")
-    ending = ".npz" if args.num else ".png"
-    fits = args.out is None or Path(args.out).suffix == ending
-    require(args, "out", fits, f"a name that ends with {ending}")
-    require(args, "cfg_scale", 1 <= args.cfg_scale < math.inf, "1 (no guidance) or above")
-    scale = args.cls_cfg_scale or 0.0
-    require(args, "cls_cfg_scale", 0 <= scale < math.inf, "0 (no guidance) or above")
+        args.sampler = next(iter(samplers))  # that of a fork
     return args
 
 
-def protocol_of(args: argparse.Namespace, config: Config) -> dict:
-    """All that decides the images of a large run: stored beside them."""
-    with open(args.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    names = ("num", "labels", "sampler", "steps", *GUIDANCE, "seed")
-    return {name: getattr(args, name) for name in names} | dict(
-        weights="raw" if args.raw else "ema",
-        precision="bf16" if args.fast else "float32",
-        checkpoint=digest[:16],
-        method=config.method,
-        size=config.size,
-        vae=config.vae_weights or config.vae,
-        image_size=config.image_size,
-        pixels="truncated to uint8",
-    )
+def parse_classes(text: str, config: ma.Config) -> list:
+    """The labels of "207,star", or of "a, b;c, d" if names have commas. Names come first."""
+    count = config.num_classes
+    if not text:
+        spread = np.linspace(0, count - 1, count if count <= 10 else 8)
+        return spread.round().astype(int).tolist()
+    labels = {str(label): label for label in range(count)}
+    labels |= {name: label for label, name in enumerate(config.class_names)}
+    words = [text] if text in labels else text.split(";" if ";" in text else ",")
+    words = [word.strip() for word in words]
+    for word in words:
+        assert word in labels, f"there is no class {word}: choose from {', '.join(labels)[:300]}"
+    return [labels[word] for word in words]
 
 
-def run(args, *, kind=Config, build_model=build_model, samplers=SAMPLERS) -> Path:
-    """What the command line asks for; returns the path that was, or is being, written."""
+def main(kind=ma.Config, build_model=ma.SiT, samplers=SAMPLERS, argv: list | None = None):
+    """The command line. A fork passes its own kind of Config, network and samplers."""
+    args = parse_args(argv, samplers)
     rank, world_size, device = ma.setup_distributed()
-    model, config = load_checkpoint(args.checkpoint, args.raw, kind=kind, build_model=build_model)
-    config = dataclasses.replace(config, vae_weights=args.vae_weights or config.vae_weights)
-    classes = parse_classes(args.classes, config)
-    vae, sampler = ma.build_vae(config, device), samplers[args.sampler]
-    job = Job(args, config, model.to(device), vae, sampler, rank, world_size, device)
-    if not args.fast:  # true float32: no TF32
+    if not args.fast:  # then float32 means float32, and not TF32
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-    elif device.type == "cuda" and not args.trajectory:
-        model.compile()
+    path = Path(args.checkpoint).expanduser()
+    given = {k: getattr(args, k) for k in ("size", "method") if getattr(args, k)}
+    model, config = load_checkpoint(path, args.raw, kind, build_model, **given)
+    config = dataclasses.replace(config, vae=os.path.expanduser(args.vae or config.vae))
+    has_null = config.label_dropout > 0  # else the null class was never trained
+    if args.cfg_scale is None:
+        args.cfg_scale = 2.0 if has_null and not args.num_images else 1.0
+    assert args.cfg_scale >= 1, f"cfg_scale {args.cfg_scale}: 1 is no guidance, 2 is some"
+    assert has_null or args.cfg_scale == 1, f"{path} has no null class, so no guidance"
+    vae = ma.build_vae(config, device)
+    job = Job(args, config, model.to(device), vae, samplers[args.sampler], device)
 
-    protocol = protocol_of(args, config)
-    if rank == 0:
-        print(", ".join(f"{name} {value}" for name, value in protocol.items()), flush=True)
-    if args.num:
-        path = write_many(job, protocol)
-    else:
-        use, draw = ("trajectory", draw_trajectory) if args.trajectory else ("grid", draw_grid)
-        path = Path(args.out or Path(args.checkpoint).with_name(f"{use}.png"))
-        classes = classes[:GROUP] if args.trajectory else classes
-        names = config.class_names or range(config.num_classes)  # published files tell none
+    if args.num_images:
+        out = Path(args.out or "samples.npz").expanduser()
+        names = ("num_images", "labels", "sampler", "steps", "seed", "raw", "fast", *GUIDANCE)
+        settings = {name: getattr(args, name) for name in names}
+        settings["checkpoint"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name in ("method", "size", "vae", "image_size"):
+            settings[name] = getattr(config, name)
         if rank == 0:
-            save_grid(draw(job, classes), [str(names[k]) for k in classes], path)
+            print(", ".join(f"{name} {value}" for name, value in settings.items()))
+        write_many(job, json.dumps(settings), out, rank, world_size)
+    elif rank == 0:
+        draw = draw_trajectory if args.trajectory else draw_grid
+        out = path.with_name("trajectory.png" if args.trajectory else "grid.png")
+        out = Path(args.out or out).expanduser()
+        classes = parse_classes(args.classes, config)
+        names = config.class_names or range(config.num_classes)
+        draw(job, classes, [str(names[k]) for k in classes], out)
     if rank == 0:
-        print(path)
+        print(out)
     if world_size > 1:
         dist.destroy_process_group()
-    return path
-
-
-def main(*, kind=Config, build_model=build_model, samplers=SAMPLERS) -> None:
-    """Samples from the command line; bad input ends it with one sentence. A fork hands in its own
-    kind of Config, build_model(config), or samplers by name, each called as euler_maruyama."""
-    name = Path(sys.argv[0]).name
-    try:
-        args = parse_args(samplers=samplers)
-        run(args, kind=kind, build_model=build_model, samplers=samplers)
-    except BadInput as error:
-        sys.exit(f"{name}: {error}")
-    except OSError as error:
-        sys.exit(f"{name}: cannot write: {error}; finished shards stay, run again to go on")
 
 
 if __name__ == "__main__":

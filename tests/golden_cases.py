@@ -77,7 +77,7 @@ def model(case, dtype=torch.float64):
     with torch.device("meta"):  # without values: those of the case take their places
         sit = SiT(config)
     sit.load_state_dict(state, assign=True)
-    return sit.eval()
+    return sit  # in training mode, in which it also computes z_pred; there is no dropout
 
 
 def assert_golden(value, case, name, rounding=0.0):

@@ -1,16 +1,15 @@
-"""The method: a random token subset after a mixing block, without which a dropped token is gone."""
+"""The method: a random token subset after mixing blocks, without which a dropped token is gone."""
 
 import pytest
 import torch
+from draws import given, numbers, scores_of
 from test_model import tiny
 
 from maskalign import (
-    Run,
-    draw_step,
+    StepRng,
     gather_tokens,
     make_config,
     sample_token_subset,
-    seeded,
     training_losses,
 )
 
@@ -33,6 +32,12 @@ def batch(n=3):
     )
 
 
+def subset(n, num_tokens, mask_ratio, seed=0):
+    """A random subset of the patches of n images."""
+    scores = torch.rand(n, num_tokens, generator=torch.Generator().manual_seed(seed))
+    return sample_token_subset(scores, mask_ratio)
+
+
 @pytest.mark.parametrize(
     "num_tokens, ratio, kept",
     [
@@ -45,21 +50,21 @@ def batch(n=3):
     ],
 )
 def test_subset_has_the_stated_size_without_repetition(num_tokens, ratio, kept):
-    ids = sample_token_subset(50, num_tokens, ratio, seeded("cpu", "test"))
+    ids = subset(50, num_tokens, ratio)
     assert ids.shape == (50, kept)
     assert all(len(set(row)) == kept and set(row) <= set(range(num_tokens)) for row in ids.tolist())
 
 
 def test_each_token_is_kept_equally_often():
     n, num_tokens = 20000, 64
-    ids = sample_token_subset(n, num_tokens, 0.25, seeded("cpu", "test"))
+    ids = subset(n, num_tokens, 0.25)
     share = torch.bincount(ids.flatten(), minlength=num_tokens) / n
     spread = (0.75 * 0.25 / n) ** 0.5
     assert (share - 0.75).abs().max() < 4.5 * spread
 
 
 def test_pairs_of_tokens_are_kept_independently_of_their_distance():
-    ids = sample_token_subset(20000, 16, 0.25, seeded("cpu", "test"))
+    ids = subset(20000, 16, 0.25)
     kept = torch.zeros(20000, 16).scatter_(1, ids, 1.0)
     both = kept.T @ kept / 20000  # expected 12/16 * 11/15 = 0.55
     off_diagonal = both[~torch.eye(16, dtype=torch.bool)]
@@ -67,14 +72,14 @@ def test_pairs_of_tokens_are_kept_independently_of_their_distance():
 
 
 def test_every_image_gets_a_subset_of_its_own():
-    ids = sample_token_subset(100, 256, 0.25, seeded("cpu", "test"))
+    ids = subset(100, 256, 0.25)
     assert len({tuple(row) for row in ids.tolist()}) == 100
 
 
-def test_subset_depends_on_the_generator_alone():
-    one, two = (sample_token_subset(4, 64, 0.25, seeded("cpu", 7)) for _ in range(2))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, sample_token_subset(4, 64, 0.25, seeded("cpu", 8)))
+def test_the_kept_patches_are_those_of_the_lowest_scores():
+    scores = torch.tensor([[0.9, 0.1, 0.5, 0.2], [0.3, 0.8, 0.7, 0.0]])
+    kept = sample_token_subset(scores, 0.5)
+    assert [sorted(row) for row in kept.tolist()] == [[1, 3], [0, 3]]
 
 
 def test_class_token_is_never_dropped():
@@ -82,8 +87,8 @@ def test_class_token_is_never_dropped():
     kept = gather_tokens(tokens, torch.tensor([[1, 3], [0, 2]]), class_token=True)
     assert kept[:, :, 0].tolist() == [[0, 2, 4], [5, 6, 8]]
     x, t, y, cls = batch()
-    sit = trained_looking(tiny())
-    ids = sample_token_subset(3, 16, 0.75, seeded("cpu", "test"))
+    sit = trained_looking(tiny()).train()
+    ids = subset(3, 16, 0.75)
     out = sit(x, t, y, cls, ids)
     assert (
         out.v.shape == (3, 4, 16) and out.v_cls.shape == (3, 16) and out.z_pred.shape == (3, 5, 16)
@@ -93,12 +98,12 @@ def test_class_token_is_never_dropped():
 
 @pytest.mark.parametrize("mixer_depth, reaches", [(0, False), (2, True)])
 def test_a_dropped_token_reaches_the_others_only_through_the_mixer(mixer_depth, reaches):
-    sit, (x, t, y, cls) = trained_looking(tiny(mixer_depth=mixer_depth)), batch()
+    sit, (x, t, y, cls) = trained_looking(tiny(mixer_depth=mixer_depth)).train(), batch()
     ids = torch.arange(1, 16).expand(3, 15)  # drops token 0, top left
     changed = x.clone()
     changed[:, :, :2, :2] += 5.0
-    outs = [sit(image, t, y, cls, ids) for image in (x, changed)]
-    same = all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+    one, two = (sit(image, t, y, cls, ids) for image in (x, changed))
+    same = all(torch.equal(a, b) for a, b in zip(one[:3], two[:3], strict=True))
     assert same != reaches
 
 
@@ -114,24 +119,32 @@ def test_mixer_blocks_see_every_token_and_the_others_only_the_kept_ones():
     sit, (x, t, y, cls), seen = tiny(), batch(), []
     for block in (*sit.mixer, *sit.blocks):
         block.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
-    sit(x, t, y, cls, sample_token_subset(3, 16, 0.25, seeded("cpu", "test")))
+    sit(x, t, y, cls, subset(3, 16, 0.25))
     assert seen == [17, 17, 13, 13, 13, 13]
 
 
 def test_no_mask_and_no_mixer_equals_reg():
     x, _, y, _ = batch()
     z = torch.randn(3, 17, 16)
-    sit = trained_looking(tiny(mixer_depth=0))
-    size = dict(data="x", num_classes=10, image_size=64, z_dim=16, batch_size=3)
+    sit = trained_looking(tiny(mixer_depth=0)).train()
+    size = dict(data="x", num_classes=10, image_size=64, z_dim=16)
     losses = []
     for changes in (dict(mask_ratio=0.0, mixer_depth=0), dict(method="reg")):
         config = make_config(**size, **changes)
-        drawn = draw_step(Run(config), seeded("cpu", "test"))
-        del drawn["vae_noise"]  # for the VAE alone
-        losses.append(training_losses(sit, x, y, z, config, **drawn))
-    assert losses[0] == losses[1] and drawn["ids_keep"] is None
-    everything = sample_token_subset(3, 16, 0.0)
-    assert torch.equal(everything, torch.arange(16).expand(3, 16))
-    drawn["ids_keep"] = everything
-    given = training_losses(sit, x, y, z, config, **drawn)
-    assert given == losses[1]  # keeping all is exactly no mask
+        losses.append(training_losses(sit, x, y, z, config, StepRng(config, step=7)))
+    assert losses[0] == losses[1] and losses[0]["align"] != 0
+
+
+def test_keeping_all_patches_is_no_mask():
+    """In any order: attention does not know it, and all losses are means."""
+    x, _, y, _ = batch()
+    z, drawn = torch.randn(3, 17, 16), numbers(3, (4, 8, 8), z_dim=16)
+    sit = trained_looking(tiny(mixer_depth=1)).train()
+    size = dict(data="x", num_classes=10, image_size=64, z_dim=16, mixer_depth=1)
+    none = training_losses(sit, x, y, z, make_config(**size, mask_ratio=0.0), given(drawn))
+    everything = torch.stack([torch.randperm(16) for _ in range(3)])
+    drawn["scores"] = scores_of(everything, 16)
+    # A ratio that rounds to no dropped patch still takes the way of the mask.
+    all_kept = training_losses(sit, x, y, z, make_config(**size, mask_ratio=0.01), given(drawn))
+    for name, value in none.items():
+        torch.testing.assert_close(all_kept[name], value)

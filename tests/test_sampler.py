@@ -8,7 +8,7 @@ from test_model import tiny
 
 import maskalign
 from maskalign import SiTOutput, patchify
-from sample import euler_maruyama, euler_ode
+from sample import SAMPLERS, euler_maruyama, euler_ode, heun_ode
 
 
 def replay(monkeypatch, noises):
@@ -29,8 +29,9 @@ def test_samples_equal_the_official_ones(case, dtype, monkeypatch):
         if f"{name}.{i}" in x
     ]  # the order: latent, class token
     left = replay(monkeypatch, noises)
-    sampler = euler_maruyama if "sde" in case["id"] else euler_ode
-    calls = []
+    settings = dict(case["sampler_args"])
+    kind = "sde" if "sde" in case["id"] else "heun" if settings.pop("heun", False) else "ode"
+    sampler, calls = SAMPLERS[kind], []
     sit.register_forward_hook(
         lambda module, args, out: calls.append([len(args[0]), args[1][0].item()])
     )
@@ -40,7 +41,7 @@ def test_samples_equal_the_official_ones(case, dtype, monkeypatch):
         x["y"],
         x.get("cls_latents"),
         num_steps=case["num_steps"],
-        **case["sampler_args"],
+        **settings,
     )
     assert samples.dtype == dtype and not left
     assert_golden(samples, case, "samples")
@@ -62,18 +63,11 @@ class PointData:
         )
 
 
-@pytest.mark.parametrize("heun", [False, True])
+@pytest.mark.parametrize("sampler", [euler_ode, heun_ode])
 @pytest.mark.parametrize("num_steps", [1, 4, 25])
-def test_ode_reaches_a_single_data_point_exactly(num_steps, heun):
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    out = euler_ode(
-        PointData(),
-        x,
-        torch.zeros(2).long(),
-        torch.randn(2, 16).double(),
-        num_steps=num_steps,
-        heun=heun,
-    )
+def test_ode_reaches_a_single_data_point_exactly(num_steps, sampler):
+    x, cls = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 16).double()
+    out = sampler(PointData(), x, torch.zeros(2).long(), cls, num_steps=num_steps)
     torch.testing.assert_close(out, torch.full_like(x, 0.7), rtol=0, atol=1e-12)
 
 
@@ -95,7 +89,7 @@ class GaussianData:
         return SiTOutput(patchify(gain * (x - (1 - t) * self.mean) - self.mean, 2), None, None)
 
 
-@pytest.mark.parametrize("sampler", [euler_maruyama, euler_ode])
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_samples_of_gaussian_data_have_its_mean_and_spread(sampler):
     torch.manual_seed(0)
     x = sampler(
@@ -110,7 +104,7 @@ def test_ode_of_gaussian_data_follows_the_known_map():
     noise = torch.randn(8, 4, 8, 8, dtype=torch.float64)
     exact, errors = 1.5 + 0.5 * noise, []
     for num_steps in (50, 100):
-        x = euler_ode(GaussianData(), noise, torch.zeros(8).long(), num_steps=num_steps, heun=True)
+        x = heun_ode(GaussianData(), noise, torch.zeros(8).long(), num_steps=num_steps)
         errors.append((x - exact).abs().max().item())
     assert errors[0] < 2e-3 and errors[0] / errors[1] == pytest.approx(4, rel=0.3)
 
