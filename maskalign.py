@@ -1,50 +1,49 @@
-"""MaskAlign: a diffusion transformer, aligned with DINOv2 on a random subset of its tokens.
+"""MaskAlign: a diffusion transformer, aligned with DINOv2 on a random subset of tokens.
 
-This is an unofficial implementation of Pang et al., arXiv 2606.08788 (2026), in one file.
+An unofficial implementation of Pang et al., arXiv 2606.08788 (2026), in one file.
 
 A diffusion transformer learns to turn noise into images. It learns faster when its hidden
 tokens are pulled towards those of DINOv2, a frozen network that understands images. REPA
-does this for each patch. REG adds DINOv2's class token, one vector for the whole image.
-MaskAlign adds a mask: in training, most blocks see a random 75% of the tokens.
+does this for each patch. REG also feeds in DINOv2's class token, one vector for the whole
+image, and denoises it with the patches. MaskAlign adds a mask: in training, most blocks
+see a random 75% of the tokens.
 
-That makes a step cheaper (by 12% for SiT-XL/2) and, the paper reports, saves steps, too.
-How can losing tokens help? In the paper, the gradient of the alignment loss is largest at
-the same positions in image after image, so the network may come to rely on having all
-tokens. Random subsets prevent that, as dropout does.
+A step takes 12% less time than REG's, and, the paper reports, fewer steps are needed. How
+can losing tokens help? In the paper, the alignment loss pulls hardest (by the norm of its
+gradient) at the same positions in image after image. It takes that as a sign that tokens
+adapt to each other, as units do in a network without dropout.
 
 One training step (Sec. 5.1 of the paper):
   1. The teacher, DINOv2, reads the clean image and returns z: a class token, and a token
-     for each patch. A frozen autoencoder turns the image into x, a latent of 1/8 the size.
-     (In the demo, x is the image itself.)
-  2. x and the class token get noise: x_t = (1 - t) x + t noise, at a random time t. So
-     t = 0 is data and t = 1 is noise.
+     for each patch. A frozen autoencoder turns the image into x, a latent 1/8 its size.
+     (In the demo x is the image.)
+  2. x and the class token are mixed with normal noise, x_t = (1 - t) x + t noise, at a
+     random time t: t = 0 is data, t = 1 is noise.
   3. x_t is cut into patches, a token each. All tokens pass two mixing blocks, ordinary
-     transformer blocks in which each token can take up what the others know.
+     transformer blocks, where each can take up what the others know.
   4. A random 25% of the patch tokens are dropped. The class token always stays.
-  5. The other blocks see only the kept tokens, and predict the velocity noise - x of each.
-     Dropped tokens are never predicted.                                         (Eq. 10)
+  5. The other blocks see only the kept tokens, and predict `noise - x`, the velocity of
+     x_t, for each of them. Dropped tokens are never predicted (Eq. 10).
   6. After block `align_depth`, a projector maps the kept tokens to the teacher's width.
-     The results are pulled towards the teacher's tokens.                        (Eq. 11)
-The class token goes in with noise, its velocity is predicted, and it is aligned. To
-generate images, no teacher is needed and no token is dropped. The class token starts as
-noise, as x does, and is thrown away at the end.
+     The results are pulled towards the teacher's tokens (Eq. 11).
+So the class token goes in with noise, its velocity is predicted, and it is aligned. To
+generate images no teacher is needed and no token is dropped. The class token starts as
+noise, like x, and is thrown away at the end.
 
-  torchrun --nproc_per_node=1 maskalign.py                   the demo: minutes on a laptop
-  python maskalign.py --data DIR --size SiT-B/2              one GPU, DIR/class/*.jpg
+  python maskalign.py                                        the demo: minutes on a laptop
   torchrun --nproc_per_node=8 maskalign.py --data IMAGENET   the paper's run
 
-Part I is the method. Part II is what it needs; skip it on a first reading. A fork (see
+Part I is the method. Part II is what it needs; skip it on a first reading. A fork (in
 tests/forks/) is a program that imports this file and passes its own functions to `train`.
 
-Letters in shapes: N images, T patches of an image, K kept patches, D width, C channels,
-p pixels per side of a patch. [1+]T is 1 + T with a class token, else T.
+In shapes: N images, T patches of an image, K kept patches, D width, z_dim width of the
+teacher, C channels, p pixels per side of a patch. [1+]T is 1 + T with a class token.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -53,12 +52,12 @@ import os
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed
 from torch import Tensor, nn
@@ -67,35 +66,35 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, StackDataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 
 # ======== Part I: the method ========
-# ---- 1. Building blocks of SiT (arXiv 2401.08740); attribute names are DiT's
+# ---- 1. Building blocks of SiT (arXiv 2401.08740): DiT (2212.09748) with flow matching
 class TimestepEmbedder(nn.Module):
     """Times t (...) in [0, 1] -> vectors (..., D): cosines and sines, then an MLP.
 
-    DiT made these for t up to 1000. For t in [0, 1] most cosines are nearly constant and
-    most sines nearly proportional to t, but an MLP can read t off them.
+    DiT made these for t up to 1000. SiT leaves t in [0, 1], where most cosines are nearly
+    constant and most sines nearly proportional to t. The MLP can still read t.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t):
         i = torch.arange(128, device=t.device)
         frequencies = torch.exp(-math.log(10000.0) * i / 128)
         angles = t.float()[..., None] * frequencies  # (..., 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (..., 256)
-        # In bfloat16 close times would look the same, so this MLP stays in float32 (our
-        # choice: REPA runs it in mixed precision).
+        # In bfloat16 close times look the same. To avoid that is our choice, not REPA's.
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 def sincos_pos_embed(dim: int, side: int) -> Tensor:
-    """Fixed position vectors (side * side, dim) for patches in rows: column, then row."""
+    """Fixed position vectors (side * side, dim), row after row: half column, half row."""
     i = torch.arange(dim // 4).double()
     frequencies = 10000.0 ** (-i / (dim // 4))
     angles = torch.arange(side).double()[:, None] * frequencies
@@ -106,11 +105,11 @@ def sincos_pos_embed(dim: int, side: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block: tokens h (N, K, D) and a condition c (N, 1, D) -> (N, K, D).
+    """A transformer block: any number of tokens h (N, -, D), condition c (N, 1, D) -> h.
 
     c comes from time and label. It scales and shifts what enters attention and MLP, and
-    gates what they add. All of these start at zero (adaLN-Zero), so a block starts as the
-    identity. Its gates learn first, then the rest.
+    gates what they add. All of that starts at zero (adaLN-Zero): a block is the identity,
+    and only its gates learn, since a gate of zero lets no gradient through.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -121,7 +120,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width, act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+    def forward(self, h, c):
         six = self.adaLN_modulation(c).chunk(6, dim=-1)  # (N, 1, D) each
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
         h = h + gate_attn * self.attn(self.norm1(h) * (1 + scale_attn) + shift_attn)
@@ -139,7 +138,7 @@ class FinalLayer(nn.Module):
         self.cls_head = nn.Linear(width, cls_dim) if cls_dim else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, h: Tensor, c: Tensor) -> tuple:
+    def forward(self, h, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         h = self.norm_final(h) * (1 + scale) + shift
         if self.cls_head is None:
@@ -149,11 +148,11 @@ class FinalLayer(nn.Module):
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
     """(N, C, H, W) -> (N, T, p*p*C): patches row after row, channels varying fastest."""
-    n, c, h, w = x.shape
+    n, channels, height, width = x.shape
     p = patch_size
-    x = x.reshape(n, c, h // p, p, w // p, p)
+    x = x.reshape(n, channels, height // p, p, width // p, p)
     x = x.permute(0, 2, 4, 3, 5, 1)  # (N, H/p, W/p, p, p, C)
-    return x.reshape(n, -1, p * p * c)
+    return x.reshape(n, -1, p * p * channels)
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
@@ -174,7 +173,7 @@ def sample_token_subset(scores: Tensor, mask_ratio: float) -> Tensor:
 
 
 def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token=False) -> Tensor:
-    """Keeps the patches ids_keep (N, K), or all if None: (N, [1+]T, D) -> (N, [1+]K, D)."""
+    """Keeps the patches ids_keep (N, K), or all: (N, [1+]T, D) -> (N, [1+]K, D)."""
     if ids_keep is None:
         return tokens
     if class_token:  # it is the first token, and stays
@@ -189,10 +188,8 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred extra", defaults=[None])
 
 
 class SiT(nn.Module):
-    """SiT with REG's class token, mixing blocks, a mask, and REPA's projector.
-
-    Section 3 tells why a network that predicts velocities can generate images.
-    """
+    """SiT with class token (REG), mixing blocks, mask, projector (REPA). Section 3 tells why
+    a network that predicts velocities can generate images."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -207,8 +204,8 @@ class SiT(nn.Module):
         # The input: a token for each patch, and one vector each for time and label.
         self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        # The last row is the null class. In training it replaces 10% of the labels, so the
-        # network learns to do without one, as guidance needs (section 4).
+        # The last row is the null class. It replaces 10% of the labels in training, so that
+        # the network also learns velocities without label, for guidance.
         self.y_embedder = nn.Embedding(config.num_classes + 1, width)
         positions = sincos_pos_embed(width, side // config.patch_size)
         if config.class_token:
@@ -217,8 +214,7 @@ class SiT(nn.Module):
             positions = torch.cat([torch.zeros(1, width), positions])
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
 
-        # NOTE(paper): it does not say what a mixing layer is. We take ordinary blocks. Two
-        # add 47.8M parameters to SiT-XL, not the 55M of the paper.
+        # NOTE(paper): it does not say what a mixing layer is. We take ordinary blocks.
         self.mixer = nn.ModuleList([Block(width, heads) for _ in range(config.mixer_depth)])
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(config.depth)])
 
@@ -233,14 +229,14 @@ class SiT(nn.Module):
             self.projector = nn.Sequential(*layers)
         self.initialize_weights()
 
-    def initialize_weights(self) -> None:
-        # As DiT: linear layers have Xavier weights and no bias.
+    def initialize_weights(self):
+        # As DiT: linear layers have Xavier weights and biases of zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # So has the patch embedding, a linear layer that is written as a convolution.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        # So has the patch embedding, a linear layer written as a convolution.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view
         nn.init.zeros_(self.x_embedder.proj.bias)
         # Times and labels have small weights.
         nn.init.normal_(self.y_embedder.weight, std=0.02)
@@ -253,7 +249,7 @@ class SiT(nn.Module):
         if self.class_token:
             nn.init.zeros_(self.final_layer.cls_head.weight)
 
-    def embed(self, x, t, y, cls=None) -> tuple[Tensor, Tensor]:
+    def embed(self, x, t, y, cls=None):
         """Inputs of forward -> all tokens after mixing (N, [1+]T, D), and c (N, 1, D)."""
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         c = c[:, None]  # (N, 1, D): the same for all tokens of an image
@@ -261,9 +257,10 @@ class SiT(nn.Module):
         if self.class_token:
             first = self.cls_norm(self.cls_embedder(cls))  # (N, D)
             h = torch.cat([first[:, None], h], dim=1)  # (N, 1+T, D)
-        h = h + self.pos_embed  # before the mask, so a kept token knows where it belongs
-        # Mixing comes before the mask, too. The teacher's tokens know the whole image. A
-        # kept token can only match them if it has seen the tokens that will be dropped.
+        # Positions are added before the mask, so a kept token knows where it belongs.
+        h = h + self.pos_embed
+        # Mixing comes before it, too. The teacher's tokens know the whole image. A kept
+        # token can only match them if it has seen those that will be dropped.
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -272,17 +269,17 @@ class SiT(nn.Module):
         """The velocities of noisy x (N, C, H, W) at times t (N,) for labels y (N,).
 
         cls (N, z_dim) is the noisy class token, ids_keep (N, K) the patches that enter the
-        blocks. None, as in sampling, lets all enter. That works after training on 75%, since
-        attention takes any number of tokens and each knows its position (Tab. 3).
-        Returns v (N, K, p*p*C), v_cls (N, z_dim), z_pred (N, [1+]K, z_dim), or None.
+        blocks. None, as in sampling, lets all enter: attention takes any number of tokens,
+        each knows its position, and in the paper images are better for it (Tab. 3).
+        Returns v (N, K, p*p*C), v_cls (N, z_dim), None without a class token, and z_pred
+        (N, [1+]K, z_dim), None outside of training.
         """
         h, c = self.embed(x, t, y, cls)  # (N, [1+]T, D)
         h = gather_tokens(h, ids_keep, self.class_token)  # the mask: (N, [1+]K, D)
         z_pred = None
         for i, block in enumerate(self.blocks, start=1):
             h = block(h, c)
-            # NOTE(paper): it does not say where to count from. We leave out the mixing
-            # blocks. Only training needs z_pred, so sampling skips the projector.
+            # NOTE(paper): it does not say where to count from. We skip the mixing blocks.
             if i == self.align_depth and self.training and self.projector is not None:
                 z_pred = self.projector(h)  # h_phi(h_a) of Eq. 11
         v, v_cls = self.final_layer(h, c)
@@ -297,23 +294,21 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 # Why can a network that predicts velocities generate images?
 #   (a) The line x_t = (1 - t) x + t noise joins an image and some noise. A point that
-#       moves along it has the velocity noise - x. Lines of other images and other noise
-#       cross it, so (x_t, t) does not tell on which line a point is.
-#   (b) With a squared error, the network learns the mean velocity of all lines that pass
-#       through x_t at time t.
-#   (c) Let points follow these means. A point does not stay on its line. But at each time
-#       all points together are distributed as the x_t are: as many flow into any region and
-#       out of it (continuity equation; Lipman et al., arXiv 2210.02747). So points that
-#       start as noise at t = 1 end, at t = 0, distributed as images are.
-# Means do not blur the images. At t = 1 the velocity does point to the mean of all images.
-# But as t falls, fewer images are compatible with x_t, and their mean sharpens.
+#       moves along it has the velocity noise - x. At t > 0 a line of every image, with
+#       some noise, passes any x_t. So (x_t, t) does not tell on which line a point is.
+#   (b) With a squared error, the network learns the mean velocity of all these lines.
+#   (c) Let points follow these means. A point does not stay on its line. But through any
+#       surface flow as many points as on the lines. So at each time they are distributed
+#       as the x_t are (continuity equation; Lipman et al., arXiv 2210.02747). Points that
+#       start as noise at t = 1 and go back arrive at t = 0 distributed as images are.
+# Means do not blur the images. At t = 1 the way back, -v, does point to the mean of all
+# images. But as t falls, fewer images are compatible with x_t, and their mean sharpens.
 def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> dict:
     """The losses of a batch, as scalars: loss (the weighted sum), denoise, cls, align.
 
-    x (N, C, H, W) are clean latents, y (N,) labels, z (N, 1+T, z_dim) the teacher's tokens,
-    class token first, or None. rng.rand and rng.randn are torch.rand and torch.randn, but
-    the same for any number of processes (section 10). Forks can learn from ema, the average
-    of the weights.
+    x (N, C, H, W) are clean latents, y (N,) labels, z (N, 1+T, z_dim) the tokens of the
+    teacher, class token first, or None. rng.rand, rng.randn are torch.rand and randn, but
+    the same for an image in any number of processes (section 10). ema is for forks.
     """
     n = len(x)
     t = rng.rand(n)
@@ -329,7 +324,7 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
     cls_t = None
     if config.class_token:
         # It has the t of x: in sampling, both start as noise and get clean together. Near
-        # t = 0 it nearly gives away its own target, as x_t does.
+        # t = 0 it nearly shows what it is aligned with, which REG accepts.
         cls = z[:, 0]  # (N, z_dim)
         cls_noise = rng.randn(*cls.shape)
         cls_t = add_noise(cls, cls_noise, t.view(-1, 1))
@@ -356,11 +351,11 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
 
 # ---- 4. A sampler: from noise at t = 1 to images at t = 0
 def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=None):
-    """Velocities of x (N, C, H, W) and cls (N, z_dim) or None at time t, in float64.
+    """Velocities of x (N, C, H, W) and class token cls (N, z_dim) or None at time t.
 
-    A cfg_scale above 1 is classifier-free guidance (arXiv 2207.12598): it multiplies what
-    labels change, so images get more typical of their class, and vary less. cls_cfg_scale
-    is that of cls (None: the same), dtype that of the model.
+    Guidance (arXiv 2207.12598), a cfg_scale w > 1, is v_null + w (v - v_null). It goes
+    further towards the label y: images are more typical of it, and vary less. cls may have
+    its own scale. The model computes in dtype, the rest is float64.
     """
     times = torch.full((len(x),), t, dtype=dtype, device=x.device)
     x = x.to(dtype)
@@ -381,9 +376,9 @@ def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=Non
 def euler_ode(
     model, x, y, cls=None, *, num_steps=50, cfg_scale=1.0, velocity=guided_velocity
 ) -> Tensor:
-    """Follows dx/dt = v, with all tokens, from normal noise x (N, C, H, W), and cls (N, z_dim)
-    or None, to latents of the labels y (N,). The papers' sampler, which adds noise in every
-    step, is in sample.py.
+    """Normal noise x (N, C, H, W), cls (N, z_dim) or None, labels y (N,) -> latents.
+
+    It follows dx/dt = v, with all tokens. The papers' sampler is in sample.py.
     """
     dtype = x.dtype
     x = x.double()  # in float32, rounding errors of many small steps would add up
@@ -403,23 +398,24 @@ def train(
 ) -> None:
     """Trains until config.steps. A fork passes its own functions in place of these four.
 
-    To stop it, kill it. The same command continues from latest.pt, and ends with the weights
-    of a run that nobody stopped (on a GPU, up to rounding).
+    To stop it, kill it. The same command continues from latest.pt, and ends with the
+    weights of an undisturbed run (on a GPU, up to rounding).
     """
-    # ---- Processes: torchrun starts one for each GPU
+    # ---- Processes: torchrun starts one per GPU
     rank, world_size, device = setup_distributed()
-    assert config.batch_size % world_size == 0, f"batch_size: take {world_size} times a number"
+    assert config.batch_size % world_size == 0, f"batch_size is no multiple of {world_size}"
 
     # ---- Data and frozen networks
     dataset = FolderImages(config) if config.data else demo_shapes(config.image_size)
     names = tuple(dataset.classes)
     config = replace(config, num_classes=len(names), class_names=names)
     vae = build_vae(config, device)
-    teacher = (build_teacher or load_teacher)(config, dataset, device)  # section 7
+    build_teacher = build_teacher or load_teacher  # which is defined below, in section 7
+    teacher = build_teacher(config, dataset, device)
     if teacher is not None:
         config = replace(config, z_dim=teacher.dim)
 
-    # ---- The network, and its EMA: the running average of its weights generates better
+    # ---- The network, and the running average of its weights (EMA), for sampling
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -429,26 +425,26 @@ def train(
     first_step = load_checkpoint(config, parts, rank, world_size)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
-        some = ", ".join([*names[:3], "..."][: len(names)])
         print(
-            f"Training {config.method} ({config.size}) on {world_size} {device.type} process(es): "
-            f"{len(dataset)} images of {config.data or 'the demo (no --data)'}, {len(names)} "
-            f"classes ({some}), steps {first_step} to {config.steps}, output in {config.out}"
+            f"Training {config.method} ({config.size}) on {world_size} x {device.type}: "
+            f"{len(dataset)} images of {config.data or 'the demo (no --data)'}, "
+            f"{len(names)} classes ({', '.join(names[:3])} ...), "
+            f"steps {first_step} to {config.steps}, output in {config.out}"
         )
     cuda = device.type == "cuda"
     if config.compile and cuda:
         model.compile()
     ddp_model = model
-    if world_size > 1:  # its backward averages the gradients over all processes
+    if world_size > 1:  # backward then averages the gradients of all processes
         ddp_model = nn.parallel.DistributedDataParallel(model)
 
     # ---- The loop
     indices = index_batches(config, len(dataset), first_step, rank, world_size)
     how = dict(num_workers=config.workers, pin_memory=cuda)
     batches = iter(DataLoader(dataset, batch_sampler=indices, **how))
-    history = []  # stays on the GPU: to read it means to wait for the GPU
+    history = []  # stays on the GPU, since reading it waits for the GPU
     clock = time.time()
-    for step in tqdm(range(first_step, config.steps), disable=rank > 0 or None):
+    for step in tqdm(range(first_step, config.steps), disable=None if rank == 0 else True):
         rng = StepRng(config, step, part=rank, parts=world_size, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and cuda):
             x, y, z = prepare_batch(next(batches), rng, vae, teacher)
@@ -481,28 +477,28 @@ def train(
 
 # ---- 6. Settings
 def setting(default, help="", metavar="N", group=None):
-    """A field of Config. With help it is a flag, too; group is a heading above it."""
+    """A field of Config. With help it is a flag; group is a heading above it."""
     return field(default=default, metadata=dict(help=help, metavar=metavar, group=group))
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run. The defaults train the paper's SiT-XL/2 (Tab. 7)."""
+    """The settings of a run. The defaults are the paper's SiT-XL/2 (Tab. 7)."""
 
-    method: str = setting("maskalign", "settings of a method", None, group="run")
-    size: str = setting("SiT-XL/2", "settings of a network", None)
-    data: str = setting("", "images as DIR/class/*.jpg or DIR/train/class/*.jpg", "DIR")
+    data: str = setting("", "images, DIR/class/* or DIR/train/class/*", "DIR", group="run")
+    method: str = setting("maskalign", "row of METHODS", metavar=None)
+    size: str = setting("SiT-XL/2", "row of SIZES", metavar=None)
     out: str = setting("", "run folder (default: runs/METHOD-SIZE)", "DIR")
     steps: int = setting(400_000, "train until this step")
-    seed: int = setting(0, "decides all random numbers; a GPU also rounds at random")
+    seed: int = setting(0, "of all random numbers, not of a GPU's rounding")
 
-    class_token: bool = setting(True, "also denoise a class token (REG)", group="method")
+    label_dropout: float = setting(0.1, "share of null labels (Tab. 7)", group="method")
+    class_token: bool = setting(True, "also denoise a class token (REG)")
     mixer_depth: int = setting(2, "number of mixing blocks (Tab. 7)")
-    mask_ratio: float = setting(0.25, "share of the patch tokens to drop (Tab. 7)")
-    align_depth: int = setting(8, "align after this block, counted from 1 (Tab. 7)")
+    mask_ratio: float = setting(0.25, "share of patches to drop (Tab. 7)")
+    align_depth: int = setting(8, "align after this block, from 1 (Tab. 7)")
     align_coeff: float = setting(0.5, "weight of the alignment loss, lambda (Tab. 7)")
     cls_coeff: float = setting(0.03, "weight of the class token's loss, beta (Tab. 7)")
-    label_dropout: float = setting(0.1, "share of labels that become null (Tab. 7)")
 
     hidden_size: int = setting(1152, "width D (SiT-XL)", group="network")
     depth: int = setting(28, "number of blocks after the mask (SiT-XL)")
@@ -510,34 +506,34 @@ class Config:
     patch_size: int = setting(2, "pixels of x per side of a patch (SiT)")
     projector_dim: int = setting(2048, "hidden width of the projector (REPA)")
 
-    image_size: int = setting(256, "pixels per side, by ADM's crop (REPA)", group="data")
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "name on the hub, file or none", "VAE")
+    image_size: int = setting(256, "pixels per side, after cropping (REPA)", group="data")
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "SD-VAE: hub, file, or none", "NAME")
     vae_scale: float = setting(0.18215, "factor of the latents (SD-VAE)")
-    teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "of timm; or classifier", "VIT")
-    teacher_weights: str = setting("", "file, as timm's or Meta's (default: hub)", "FILE")
-    teacher_steps: int = setting(500, "training steps of a classifier as teacher (ours)")
+    teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "timm, or classifier", "NAME")
+    teacher_weights: str = setting("", "file of timm or Meta (default: hub)", "FILE")
+    teacher_steps: int = setting(500, "steps of a classifier (ours)")
     cache: str = setting("", "folder for latents (default: DATA-latents)", "DIR")
-    workers: int = setting(8, "processes that load images, per GPU")
+    workers: int = setting(8, "loader processes per GPU")
 
     batch_size: int = setting(256, "images per step, on all GPUs", group="optimizer")
-    lr: float = setting(1e-4, "learning rate of AdamW, constant (Tab. 7)")
-    grad_clip: float = setting(1.0, "largest norm of the gradient (REG)")
-    ema_decay: float = setting(0.9999, "decay of the average of the weights (Tab. 7)")
-    bf16: bool = setting(True, "bfloat16 on a GPU (ours; REG: float16)")
+    lr: float = setting(1e-4, "learning rate of AdamW (Tab. 7)")
+    grad_clip: float = setting(1.0, "largest gradient norm (REG)")
+    ema_decay: float = setting(0.9999, "decay of the average of weights (Tab. 7)")
+    bf16: bool = setting(True, "bfloat16 on a GPU (ours)")
     compile: bool = setting(True, "torch.compile on a GPU (ours)")
 
-    log_every: int = setting(100, "steps between lines of the log", group="log")
+    log_every: int = setting(100, "steps between log lines", group="log")
     save_every: int = setting(5000, "steps between checkpoints and pictures")
-    preview_steps: int = setting(25, "sampler steps of the pictures (ours)")
+    preview_steps: int = setting(25, "sampler steps of the picture (ours)")
 
-    # From data and teacher; no flags
+    # Told by data and teacher
     num_classes: int = setting(1000)
     class_names: tuple = setting(())
     z_dim: int = setting(768)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x: an image, or a latent, which is 8 times smaller."""
+        """(C, H, W) of x: an image, or a latent, 8 times smaller."""
         if self.vae == "none":
             return 3, self.image_size, self.image_size
         return 4, self.image_size // 8, self.image_size // 8
@@ -550,16 +546,16 @@ SIZES = {
     "SiT-XL/2": dict(hidden_size=1152, depth=28, num_heads=16, align_depth=8),
     "demo": dict(hidden_size=96, depth=6, num_heads=3, align_depth=3, projector_dim=256),
 }
-METHODS = {
+METHODS = {  # of the papers; the last three from Tab. 1 and 3
     "sit": dict(class_token=False, mixer_depth=0, mask_ratio=0.0, align_coeff=0.0),
     "repa": dict(class_token=False, mixer_depth=0, mask_ratio=0.0),
     "reg": dict(mixer_depth=0, mask_ratio=0.0),
     "maskalign": dict(),
-    "repa+maskalign": dict(class_token=False),  # Tab. 1
-    "maskalign-no-mixing": dict(mixer_depth=0),  # Tab. 3
-    "maskalign-no-masking": dict(mask_ratio=0.0),  # Tab. 3
+    "repa+maskalign": dict(class_token=False),
+    "maskalign-no-mixing": dict(mixer_depth=0),
+    "maskalign-no-masking": dict(mask_ratio=0.0),
 }
-# Without --data: rendered shapes, learned on a laptop in minutes. All values are ours.
+# Without --data: rendered shapes, learned in minutes. All values are ours.
 DEMO = dict(size="demo", image_size=24, patch_size=4, vae="none", teacher="classifier", workers=0)
 DEMO |= dict(batch_size=32, steps=2000, lr=3e-3, ema_decay=0.99, save_every=500)
 
@@ -567,8 +563,8 @@ DEMO |= dict(batch_size=32, steps=2000, lr=3e-3, ema_decay=0.99, save_every=500)
 def make_config(kind: type = Config, **given) -> Config:
     """A config of this kind. The first of these that names a setting decides it:
 
-    1. given, the flags of the command line
-    2. the rows of METHODS and SIZES that are asked for
+    1. given, as the flags of the command line
+    2. rows of METHODS and SIZES, as given or by default
     3. DEMO, unless data is given
     4. the defaults of kind
     """
@@ -576,30 +572,30 @@ def make_config(kind: type = Config, **given) -> Config:
         given[name] = os.path.expanduser(given[name])  # ~ is the home folder
     demo = {} if given.get("data") else DEMO
     asked = dict(method=kind.method, size=kind.size) | demo | given
-    values = demo | getattr(kind, "sizes", SIZES)[asked["size"]]
-    if asked["method"] != kind.method:  # whose row the defaults are
+    sizes = getattr(kind, "sizes", SIZES)  # a fork may have sizes of its own
+    values = demo | sizes[asked["size"]]
+    if asked["method"] != kind.method:  # the defaults are that one's row
         values |= METHODS[asked["method"]]
     c = kind(**(values | given))
     out = c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2")
     cache = c.cache or c.data.rstrip("/") + "-latents"
-
     unit = c.patch_size * (1 if c.vae == "none" else 8)
     assert c.image_size % unit == 0, f"image_size {c.image_size} is no multiple of {unit}"
-    assert 1 <= c.align_depth <= c.depth, f"align_depth {c.align_depth} is not 1 to {c.depth}"
-    unit = math.lcm(4, c.num_heads)  # 4, because of the position vectors
+    assert 1 <= c.align_depth <= c.depth, f"align_depth {c.align_depth} of {c.depth} blocks"
+    unit = math.lcm(4, c.num_heads)
     assert c.hidden_size % unit == 0, f"hidden_size {c.hidden_size} is no multiple of {unit}"
-    assert 0 <= c.mask_ratio < 1, f"mask_ratio {c.mask_ratio} is not from 0 to below 1"
+    assert 0 <= c.mask_ratio < 1, f"mask_ratio {c.mask_ratio} is not in [0, 1)"
     return replace(c, out=out, cache=cache)
 
 
 def parse_config(argv=None, kind: type = Config, doc: str = __doc__) -> Config:
-    """The config of a command line, which has a flag for each field with a help text."""
+    """The config of a command line, with a flag for each field with help."""
     demo = ", ".join(f"{name} {value}" for name, value in DEMO.items())
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--data DIR] [--method NAME] [--size NAME] [--out DIR] ...",
+        usage="%(prog)s [--help] [--data DIR] [--out DIR] ...",
         description=f"{doc}\nWithout --data: {demo}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS,  # returns only what is given
         allow_abbrev=False,
     )
     choices = dict(method=METHODS, size=getattr(kind, "sizes", SIZES))
@@ -609,12 +605,14 @@ def parse_config(argv=None, kind: type = Config, doc: str = __doc__) -> Config:
             group = parser.add_argument_group(about["group"])
         if not about.get("help"):
             continue
-        flag = dict(type=type(item.default), metavar=about["metavar"])
-        flag["choices"] = choices.get(item.name)
+        flag = dict(help=f"{about['help']} [{item.default}]".replace(" []", ""))
         if isinstance(item.default, bool):
-            flag = dict(action=argparse.BooleanOptionalAction)
-        text = f"{about['help']} [{item.default}]".replace(" []", "")
-        group.add_argument(f"--{item.name}", help=text, **flag)
+            flag["action"] = argparse.BooleanOptionalAction
+        else:
+            flag["type"] = type(item.default)
+            flag["metavar"] = about["metavar"]
+            flag["choices"] = choices.get(item.name)
+        group.add_argument(f"--{item.name}", **flag)
     return make_config(kind, **vars(parser.parse_args(argv)))
 
 
@@ -622,21 +620,20 @@ def parse_config(argv=None, kind: type = Config, doc: str = __doc__) -> Config:
 class ViTTeacher(nn.Module):
     """A timm ViT: images uint8 (N, 3, H, W) -> z (N, 1+T, z_dim), class token first."""
 
-    def __init__(self, vit: nn.Module, mean: tuple, std: tuple):
+    def __init__(self, vit, mean, std):
         super().__init__()
         self.vit = vit
         self.dim = vit.num_features
-        mean_std = torch.tensor([mean, std], dtype=torch.float64)
-        self.register_buffer("mean_std", mean_std.view(2, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
-        dtype = self.vit.cls_token.dtype
-        mean, std = self.mean_std.to(dtype)
-        x = (images.to(dtype) / 255 - mean) / std  # before resizing, as REPA
+    def forward(self, images):
+        x = images.to(self.mean.dtype) / 255
+        x = (x - self.mean) / self.std  # before resizing, as REPA
         x = F.interpolate(x, self.vit.patch_embed.img_size, mode="bicubic")
         tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens :]  # leaves out register tokens
-        return torch.cat([tokens[:, :1], patches], dim=1).to(dtype)
+        return torch.cat([tokens[:, :1], patches], dim=1).to(x.dtype)
 
 
 def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
@@ -646,12 +643,12 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
     side = config.latent_shape[1] // config.patch_size
     if config.teacher == "classifier":
         return train_classifier(config, dataset, side).to(device)
-    # timm reads its own names and Meta's, and refuses a DINOv2 without one of its tensors. It
-    # is less strict with ViTs that were published as classifiers.
-    source = dict(file=config.teacher_weights) if config.teacher_weights else None
-    vit = timm.create_model(
-        config.teacher, pretrained=True, pretrained_cfg_overlay=source, num_classes=0
-    )
+    # timm reads its own names and Meta's. It refuses a DINOv2 that lacks a tensor, but not
+    # a ViT that was published as a classifier.
+    how = dict(pretrained=True, num_classes=0)
+    if config.teacher_weights:
+        how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
+    vit = timm.create_model(config.teacher, **how)
     assert vit.cls_token is not None, f"teacher {config.teacher} has no class token"
     # It sees the image at a size at which it has exactly our T patches.
     size = side * vit.patch_embed.patch_size[0]
@@ -661,19 +658,19 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
 
 
 def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
-    """The demo's teacher: a tiny ViT that learns to tell the classes apart."""
+    """The teacher of the demo: a tiny ViT that learns to tell the classes."""
     torch.manual_seed(config.seed)
     tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
     vit = timm.models.VisionTransformer(4 * side, num_classes=config.num_classes, **tiny)
     teacher = ViTTeacher(vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same sums, and so the same teacher, in every process
+    torch.set_num_threads(1)  # so all processes get the same sums and the same teacher
     for _ in tqdm(range(config.teacher_steps), "training the teacher", disable=None):
         ids = torch.randint(len(dataset), (64,)).tolist()
         batch = default_collate([dataset[i] for i in ids])
         z = teacher(batch["image"])
-        logits = vit.head(z[:, 0] + z[:, 1:].mean(dim=1))
+        logits = vit.head(z[:, 0] + z[:, 1:].mean(dim=1))  # so that patches learn, too
         optimizer.zero_grad()
         F.cross_entropy(logits, batch["label"]).backward()
         optimizer.step()
@@ -683,10 +680,10 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
 
 # ---- 8. Latents
 def build_vae(config: Config, device):
-    """The frozen SD-VAE, in float32 (TF32 on a GPU), or None where x is the image."""
+    """The frozen SD-VAE, in float32 or TF32, or None where x is the image itself."""
     if config.vae == "none":
         return None
-    import sample  # not above, as sample.py imports this file
+    import sample  # here, since it imports this file
 
     return sample.load_vae(config.vae, config.vae_scale, device)
 
@@ -698,7 +695,7 @@ def decode_latents(vae, x: Tensor) -> Tensor:
 
 
 def latent_file(config: Config, path: str) -> str:
-    """The file that keeps the latent of an image; its name depends on all that counts."""
+    """The file for mean and std of an image. Its name depends on all that they do."""
     key = [os.path.relpath(path, config.data), config.image_size, config.vae]
     for file in (path, config.vae):
         if os.path.exists(file):
@@ -707,15 +704,15 @@ def latent_file(config: Config, path: str) -> str:
 
 
 @torch.no_grad()
-def prepare_batch(batch: dict, rng: StepRng, vae, teacher) -> tuple:
-    """What the loader gives -> latents x (N, C, h, w), labels y (N,), the teacher's z."""
+def prepare_batch(batch: dict, rng: StepRng, vae, teacher):
+    """A batch of the loader -> latents x (N, C, h, w), labels y (N,), the teacher's z."""
     images = batch["image"].to(rng.device, non_blocking=True)
     y = batch["label"].to(rng.device, non_blocking=True)
     z = None if teacher is None else teacher(images)
     if vae is None:
         return 2 * (images / 127.5 - 1), y, z  # the variance is about 1, as for latents
-
-    mean_std = batch["mean_std"]  # (N, 2C, h, w), NaN where no latent is kept yet
+    # What is kept are mean and std, from which x is drawn anew each time.
+    mean_std = batch["mean_std"]  # (N, 2C, h, w), NaN where there is no file yet
     missing = mean_std.isnan().flatten(1).any(dim=1)
     if missing.any():
         # All images are encoded, since a smaller batch would be rounded differently.
@@ -728,8 +725,8 @@ def prepare_batch(batch: dict, rng: StepRng, vae, teacher) -> tuple:
 
 
 # ---- 9. Data
-IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"]  # others may start programs
-SHAPES = {  # signed distance of (x, y) from the outline, negative inside; y points down
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"]  # EPS would run Ghostscript
+SHAPES = {  # about the distance of (x, y) from the edge, negative inside; y points down
     "disc": lambda x, y: x.hypot(y) - 0.9,
     "square": lambda x, y: x.abs().maximum(y.abs()) - 0.78,
     "triangle": lambda x, y: y.maximum(0.87 * x.abs() - 0.5 * y) - 0.5,
@@ -742,23 +739,21 @@ SHAPES = {  # signed distance of (x, y) from the outline, negative inside; y poi
 
 
 def demo_shapes(size: int, count: int = 8192) -> Dataset:
-    """Renders images uint8 (3, size, size) of shapes; image i has the class i % 8."""
-    rand = functools.partial(torch.rand, generator=seeded("cpu", "shapes"))
+    """Renders images uint8 (3, size, size) of shapes. Image i has the class i % 8."""
+    rand = partial(torch.rand, generator=seeded("cpu", "shapes"))
     radius = size * (0.32 + 0.08 * rand(count, 1, 1))
-    center_x = size * (0.45 + 0.1 * rand(count, 1, 1))
-    center_y = size * (0.45 + 0.1 * rand(count, 1, 1))
+    center = size * (0.45 + 0.1 * rand(2, count, 1, 1))
     background = 0.4 * rand(count, 3, 1, 1)  # darker than every shape
     color = 0.45 + 0.55 * rand(count, 3, 1, 1)
-
     pixels = torch.arange(size) + 0.5
-    x = (pixels - center_x) / radius  # (count, 1, size)
-    y = (pixels[:, None] - center_y) / radius  # (count, size, 1)
+    x = (pixels - center[0]) / radius  # (count, 1, size)
+    y = (pixels[:, None] - center[1]) / radius  # (count, size, 1)
     labels = torch.arange(count) % len(SHAPES)
     inside = torch.empty(count, 1, size, size)
-    for label, distance in enumerate(SHAPES.values()):
+    for label, shape in enumerate(SHAPES.values()):
         ids = labels == label
-        in_pixels = distance(x[ids], y[ids]) * radius[ids]
-        inside[ids, 0] = (0.5 - in_pixels).clamp(0, 1)  # the edge is one pixel wide
+        distance = shape(x[ids], y[ids]) * radius[ids]  # in pixels
+        inside[ids, 0] = (0.5 - distance).clamp(0, 1)
     images = (255 * torch.lerp(background, color, inside)).to(torch.uint8)
     dataset = StackDataset(image=images, label=labels)
     dataset.classes = list(SHAPES)
@@ -766,7 +761,7 @@ def demo_shapes(size: int, count: int = 8192) -> Dataset:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve while twice too large, resize the short side to size, cut."""
+    """The crop of ADM (arXiv 2105.05233): halve, resize the short side to size, cut."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -786,18 +781,19 @@ class FolderImages(ImageFolder):
         if any(self.folder.glob("train/[!.]*/")):
             self.folder = self.folder / "train"
         lists = [*self.folder.glob("dataset.json"), *self.folder.glob("*/dataset.json")]
-        assert not lists, f"{lists[0]} is not read: give each class a folder of its own"
+        assert not lists, f"{lists[0]} is not read: make a folder for each class"
         super().__init__(self.folder, is_valid_file=self.is_image)
 
-    def find_classes(self, directory) -> tuple[list, dict]:
+    def find_classes(self, directory):
         names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
         return names, {name: label for label, name in enumerate(names)}
 
     def is_image(self, path: str) -> bool:
-        """Leaves out what is hidden, or lies behind a link inside of a class folder."""
-        inner = Path(path).relative_to(self.folder)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        linked = any((self.folder / parent).is_symlink() for parent in inner.parents[:-2])
+        """Leaves out what is hidden, or behind a link inside a class folder."""
+        inner = Path(path).relative_to(self.folder)  # class/.../name
+        hidden = any(part[0] == "." for part in inner.parts)
+        between = inner.parents[:-2]  # folders inside that of the class
+        linked = any((self.folder / parent).is_symlink() for parent in between)
         return inner.suffix.lower() in IMG_EXTENSIONS and not hidden and not linked
 
     def __getitem__(self, i: int) -> dict:
@@ -805,26 +801,28 @@ class FolderImages(ImageFolder):
         try:
             image = Image.open(path, formats=IMAGE_FORMATS).convert("RGB")
         except Exception as error:
-            raise OSError(f"cannot read the image {path}: {error}") from error
+            error.add_note(path)
+            raise
         crop = center_crop(image, self.config.image_size)
         item = dict(image=pil_to_tensor(crop), label=label)
         if self.config.vae != "none":
-            c, h, w = self.config.latent_shape
+            channels, h, w = self.config.latent_shape
             file = latent_file(self.config, path)
-            kept = os.path.exists(file)
-            mean_std = torch.load(file) if kept else torch.full((2 * c, h, w), math.nan).half()
-            item |= dict(latent_file=file, mean_std=mean_std)
+            item["latent_file"] = file
+            item["mean_std"] = torch.full((2 * channels, h, w), math.nan).half()
+            if os.path.exists(file):
+                item["mean_std"] = torch.load(file)
         return item
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> list:
     """The order of count images in an epoch."""
     return torch.randperm(count, generator=seeded("cpu", "order", seed, epoch)).tolist()
 
 
-def index_batches(config: Config, count: int, first_step: int, rank: int, world_size):
-    """Yields, for each step from first_step on, the indices of this process's images."""
+def index_batches(config: Config, count, first_step, rank, world_size):
+    """Yields the image indices of this process, step by step."""
     n = config.batch_size // world_size
     for step in range(first_step, config.steps):
         start = step * config.batch_size + rank * n
@@ -834,7 +832,7 @@ def index_batches(config: Config, count: int, first_step: int, rank: int, world_
 
 # ---- 10. Processes, random numbers, checkpoints, log
 def setup_distributed() -> tuple:
-    """Rank, number of processes, and device, as torchrun sets them."""
+    """Rank, number of processes and device, from torchrun."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -854,11 +852,8 @@ def seeded(device, *key) -> torch.Generator:
 
 
 class StepRng:
-    """The random numbers of a step, for one of the equal parts of its batch.
-
-    It makes those of all parts and returns the n rows of this one. So an image has the same
-    noise and mask for any number of processes.
-    """
+    """The random numbers of a step. Each process makes those of the whole batch and takes
+    its own n rows: an image has the same noise and mask for any number of processes."""
 
     def __init__(self, config: Config, step: int, part=0, parts=1, device="cpu"):
         self.step = step
@@ -875,15 +870,15 @@ class StepRng:
 
 
 def save_file(value, path: str) -> None:
-    """torch.save to a file beside path, then renamed: a kill never leaves half a file."""
+    """torch.save beside path, then a rename: a kill never leaves half a file."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"  # another process uses another
+    beside = f"{path}.{os.getpid()}.tmp"  # one for each process
     torch.save(value, beside)
     os.replace(beside, path)
 
 
-def load_checkpoint(config: Config, parts: dict, rank: int, world_size: int) -> int:
-    """Loads latest.pt of the run folder, where there is one. Returns its step, or 0."""
+def load_checkpoint(config: Config, parts: dict, rank, world_size) -> int:
+    """Loads latest.pt of the run folder, if it is there. Returns its step, or 0."""
     path = f"{config.out}/latest.pt"
     step = 0
     if os.path.exists(path):
@@ -891,11 +886,11 @@ def load_checkpoint(config: Config, parts: dict, rank: int, world_size: int) -> 
         step = saved["step"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the one of then
-        for name, value in asdict(config).items():
-            before = saved["config"].get(name)
-            if before != value and rank == 0:
-                print(f"changed since the last run: {name} {before} -> {value}")
+        parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the saved one
+        for name, new in asdict(config).items():
+            old = saved["config"].get(name)
+            if old != new and rank == 0:
+                print(f"changed since then: {name} {old} -> {new}")
     found = [step] * world_size
     if world_size > 1:
         dist.all_gather_object(found, step)
@@ -903,14 +898,13 @@ def load_checkpoint(config: Config, parts: dict, rank: int, world_size: int) -> 
     return step
 
 
-def write_log(config, step: int, history: list, clock: float, rank, world_size) -> None:
-    """A line of the log: means over all steps in history and over all processes."""
+def write_log(config: Config, step, history, clock, rank, world_size) -> None:
+    """A line of the log: means over the steps in history and all processes."""
     rows = torch.stack([torch.stack(list(terms.values())) for terms in history])
-    means = rows.mean(dim=0)
+    means = rows.mean(dim=0) / world_size
     if world_size > 1:
         dist.all_reduce(means)
-        means = means / world_size
-    line = dict(zip(history[0], means.tolist(), strict=True))  # waits for the GPU
+    line = dict(zip(history[0], means.tolist(), strict=True))  # this waits for the GPU
     line["images_per_s"] = config.batch_size * len(history) / (time.time() - clock)
     assert all(map(math.isfinite, line.values())), f"step {step}: {line}, lower --lr"
     if rank == 0:
@@ -920,17 +914,18 @@ def write_log(config, step: int, history: list, clock: float, rank, world_size) 
             file.write(json.dumps(dict(step=step) | line) + "\n")
 
 
-def preview(config: Config, step: int, ema, vae, sampler, device) -> None:
-    """Generates 8 images each of 8 classes, always from the same noise."""
-    rng = StepRng(config, step="preview", device=device)
+def preview(config: Config, step, ema, vae, sampler, device) -> None:
+    """8 images each of 8 classes, from the same noise every time."""
+    rng = StepRng(config, step=-1, device=device)
     x = rng.randn(64, *config.latent_shape)
     cls = rng.randn(64, config.z_dim) if config.class_token else None
-    y = torch.arange(64, device=device) // 8 * config.num_classes // 8  # evenly spread
-    x = sampler(ema, x, y, cls, num_steps=config.preview_steps, cfg_scale=2.0)
+    y = (torch.arange(64, device=device) // 8) * config.num_classes // 8  # spread evenly
+    scale = 2.0 if config.label_dropout > 0 else 1.0  # guidance needs the null class
+    x = sampler(ema, x, y, cls, num_steps=config.preview_steps, cfg_scale=scale)
     images = decode_latents(vae, x).cpu() / 255
     images = F.interpolate(images, scale_factor=max(1, 96 // config.image_size))
     path = f"{config.out}/samples-{step:07d}.png"
-    torchvision.utils.save_image(images, path, nrow=8, pad_value=1.0)
+    save_image(images, path, nrow=8, pad_value=1.0)
     tqdm.write(f"generated images: {path}")
 
 

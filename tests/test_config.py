@@ -1,20 +1,12 @@
 """Settings: one truth for each default, tables that override it, one sentence for bad ones."""
 
 import dataclasses
+import os
 
 import pytest
 
 import maskalign
-from maskalign import (
-    DEMO,
-    METHODS,
-    SIZES,
-    BadInput,
-    Config,
-    make_config,
-    parse_config,
-    setting,
-)
+from maskalign import DEMO, METHODS, SIZES, Config, make_config, parse_config, setting
 
 
 def test_defaults_are_the_papers_main_run():
@@ -51,7 +43,7 @@ def test_without_data_the_demo_row_applies():
     assert c.latent_shape == (3, 24, 24)
 
 
-def test_precedence_is_defaults_demo_tables_typed():
+def test_the_command_line_beats_the_tables_and_these_the_demo_and_the_defaults():
     assert parse_config(["--method", "reg"]).mixer_depth == 0
     assert parse_config(["--method", "reg", "--mixer_depth", "1"]).mixer_depth == 1
     assert parse_config(["--size", "SiT-B/2", "--image_size", "32"]).hidden_size == 768
@@ -62,7 +54,7 @@ def test_precedence_is_defaults_demo_tables_typed():
 @pytest.mark.parametrize(
     "size, depth", [("SiT-S/2", 4), ("SiT-B/2", 4), ("SiT-L/2", 8), ("SiT-XL/2", 8)]
 )
-def test_alignment_depth_follows_the_size_unless_typed(size, depth):
+def test_alignment_depth_follows_the_size_unless_it_is_given(size, depth):
     assert make_config(data="x", size=size).align_depth == depth
     assert make_config(data="x", size=size, align_depth=5).align_depth == 5
 
@@ -97,13 +89,27 @@ def help_of(capsys, **options):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_every_field_with_a_note_has_a_flag_whose_help_it_is(capsys):
+def test_every_field_with_a_help_text_is_a_flag(capsys):
     shown = help_of(capsys)
     for field in dataclasses.fields(Config):
         derived = field.name in ("num_classes", "z_dim", "class_names")
         assert (f"--{field.name} " in shown.replace(",", " ")) != derived, field.name
-    assert "Tab. 7: lambda, alignment; 0: none [0.5]" in shown
+    assert "weight of the alignment loss, lambda (Tab. 7) [0.5]" in shown
     assert "pulled towards the teacher's" in shown  # the docstring of the file
+
+
+def test_help_lists_the_choices_the_groups_and_the_values_of_the_demo(capsys):
+    shown = help_of(capsys)
+    assert "{" + ",".join(METHODS) + "}" in shown and "{" + ",".join(SIZES) + "}" in shown
+    for group in ("run:", "method:", "network:", "data:", "optimizer:", "log:"):
+        assert group in shown
+    assert f"batch_size {DEMO['batch_size']}, steps {DEMO['steps']}" in shown
+
+
+def test_a_wrong_flag_shows_a_line_of_usage_and_not_a_page(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--nonsense"])
+    assert len(capsys.readouterr().err.splitlines()) <= 3
 
 
 def test_bool_flags_work_both_ways():
@@ -116,37 +122,42 @@ def test_config_survives_the_checkpoint():
 
 
 @pytest.mark.parametrize(
-    "typed, message",
+    "given, message",
     [
-        (dict(method="mae"), r"unknown method 'mae': choose from sit, repa, reg, maskalign"),
-        (dict(size="XXL"), r"unknown size 'XXL': choose from SiT-S/2"),
-        (dict(mask_ratio=1.0), r"mask_ratio is 1.0: it must be in \[0, 1\)"),
-        (dict(mask_ratio=-0.1), r"mask_ratio is -0.1"),
-        (dict(mask_ratio=float("nan")), r"mask_ratio is nan"),
-        (dict(align_depth=7), r"align_depth is 7: it must be at most the depth, 6"),
-        (dict(align_depth=0), r"align_depth is 0"),
-        (dict(data="x", image_size=250), r"image_size is 250: it must be a multiple of 16 for vae"),
-        (dict(image_size=22), r"image_size is 22: it must be a multiple of 4 for vae none"),
-        (dict(hidden_size=98), r"hidden_size is 98"),
-        (dict(num_heads=5), r"num_heads is 5"),
-        (dict(lr=0.0), r"lr is 0.0: it must be above 0"),
-        (dict(lr=float("inf")), r"lr is inf"),
-        (dict(batch_size=-1), r"batch_size is -1"),
-        (dict(steps=-5), r"steps is -5: it must be 0 or above"),
-        (dict(milestone_every=0), r"milestone_every is 0: it must be above 0"),
+        (dict(mask_ratio=1.0), "mask_ratio 1.0"),
+        (dict(mask_ratio=-0.1), "mask_ratio -0.1"),
+        (dict(mask_ratio=float("nan")), "mask_ratio nan"),
+        (dict(align_depth=7), "align_depth 7 .*6"),
+        (dict(align_depth=0), "align_depth 0"),
+        (dict(data="x", image_size=250), "image_size 250 .*16"),
+        (dict(image_size=22), "image_size 22 .*4"),
+        (dict(hidden_size=98), "hidden_size 98"),
+        (dict(num_heads=5), "hidden_size 96 .*20"),
     ],
 )
-def test_a_value_that_cannot_work_is_one_sentence(typed, message):
-    with pytest.raises(BadInput, match=message) as caught:
-        make_config(**typed)
+def test_a_value_that_cannot_work_is_one_sentence(given, message):
+    with pytest.raises(AssertionError, match=message) as caught:
+        make_config(**given)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("argv", [["--lr", "fast"], ["--learning_rate", "1"], ["--mask", "0.5"]])
-def test_unknown_or_abbreviated_flags_are_refused(argv, capsys):
+@pytest.mark.parametrize(
+    "argv",
+    [["--lr", "fast"], ["--learning_rate", "1"], ["--mask", "0.5"], ["--method", "mae"]],
+    ids=str,
+)
+def test_unknown_or_abbreviated_flags_and_rows_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(argv)
     assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_in_every_path():
+    paths = dict(data="~/a", out="~/b", cache="~/c", vae="~/d", teacher_weights="~/e")
+    config = make_config(**paths)
+    for name, path in paths.items():
+        assert getattr(config, name) == path.replace("~", os.path.expanduser("~")), name
+    assert make_config(data="~/a").cache == os.path.expanduser("~/a-latents")
 
 
 def test_importing_has_no_side_effect():
@@ -160,25 +171,24 @@ def test_importing_has_no_side_effect():
 class ForkConfig(Config):
     """As a fork writes it: its name, two defaults of its own, two settings, a row of sizes."""
 
-    method: str = setting("fork", "this fork, or a row of METHODS")
+    method: str = setting("fork")
     class_token: bool = setting(False, "as the fork's paper")
-    align_coeff: float = setting(0.25, "as the fork's paper", rule="0 or above")
-    warmth: float = setting(0.5, "ours: share of warmth", rule="in [0, 1)")
-    chatty: bool = setting(False, "ours: tell more", free=True)
-    plain: int = 3  # a field like any other: no flag, no rule, not free
+    align_coeff: float = setting(0.25, "as the fork's paper")
+    warmth: float = setting(0.5, "share of warmth (ours)", "X", group="this fork")
+    chatty: bool = setting(False, "tell more (ours)")
+    plain: int = 3  # a field like any other has no flag
 
     sizes = SIZES | {"demo-tall": SIZES["demo"] | dict(depth=9)}
 
 
-def test_a_forks_own_settings_are_flags_with_rules_and_its_doc_is_the_help(capsys):
-    c = parse_config(["--warmth", "0.25", "--chatty"], ForkConfig)
-    assert type(c) is ForkConfig and (c.warmth, c.chatty) == (0.25, True)
+def test_a_fork_has_flags_a_docstring_and_a_command_line_of_its_own(capsys):
+    c = parse_config(["--warmth", "0.7", "--chatty", "--lr", "1"], ForkConfig)
+    assert type(c) is ForkConfig and (c.warmth, c.chatty, c.lr, c.plain) == (0.7, True, 1.0, 3)
     shown = help_of(capsys, kind=ForkConfig, doc="What this fork does.")
-    assert "What this fork does." in shown and "ours: share of warmth [0.5]" in shown
-    assert "pulled towards" not in shown and "--plain" not in shown
+    assert "What this fork does." in shown and "share of warmth (ours) [0.5]" in shown
+    assert "this fork:" in shown and "--method" not in shown and "--plain" not in shown
+    assert "pulled towards" not in shown
     assert make_config(ForkConfig, plain=-1).plain == -1
-    with pytest.raises(BadInput, match=r"warmth is 1.0: it must be in \[0, 1\)"):
-        make_config(ForkConfig, warmth=1.0)
 
 
 def test_a_forks_own_method_is_its_defaults():
@@ -187,22 +197,14 @@ def test_a_forks_own_method_is_its_defaults():
     assert c.batch_size == DEMO["batch_size"] and c.out == "runs/fork-demo"
     reg = make_config(ForkConfig, method="reg", class_token=True)
     assert reg.mixer_depth == 0 and reg.class_token
-    with pytest.raises(BadInput, match="unknown method 'mae': choose from sit, .*, fork"):
+    with pytest.raises(KeyError, match="mae"):
         make_config(ForkConfig, method="mae")
-    with pytest.raises(BadInput, match="unknown method 'fork'"):
+    with pytest.raises(KeyError, match="fork"):
         make_config(method="fork")
 
 
 def test_a_fork_may_bring_sizes_of_its_own():
     assert make_config(ForkConfig, size="demo-tall").depth == 9
     assert make_config(ForkConfig, size="demo-tall", depth=10).depth == 10
-    with pytest.raises(BadInput, match="unknown size 'demo-tall'"):
+    with pytest.raises(KeyError, match="demo-tall"):
         make_config(size="demo-tall")
-
-
-def test_what_a_resume_may_change_is_told_by_the_field_itself():
-    free = {field.name for field in dataclasses.fields(ForkConfig) if field.metadata.get("free")}
-    assert {"lr", "steps", "workers", "accum", "log_every", "save_every", "chatty"} <= free
-    assert (
-        not {"warmth", "method", "seed", "batch_size", "mask_ratio", "num_classes", "plain"} & free
-    )
