@@ -1,6 +1,6 @@
 """MaskAlign: a diffusion transformer, aligned with DINOv2 on a random subset of tokens.
 
-An unofficial implementation of Pang et al., arXiv 2606.08788 (2026), in one file.
+An unofficial implementation of Pang et al., arXiv 2606.08788, in one file.
 
 A diffusion transformer learns to turn noise into images. It learns faster when its hidden
 tokens are pulled towards those of DINOv2, a frozen network that understands images. REPA
@@ -23,7 +23,7 @@ One training step (Sec. 5.1 of the paper):
      transformer blocks, where each can take up what the others know.
   4. A random 25% of the patch tokens are dropped. The class token always stays.
   5. The other blocks see only the kept tokens, and predict `noise - x`, the velocity of
-     x_t, for each of them. Dropped tokens are never predicted (Eq. 10).
+     x_t (section 3 tells why), for each. Dropped tokens are never predicted (Eq. 10).
   6. After block `align_depth`, a projector maps the kept tokens to the teacher's width.
      The results are pulled towards the teacher's tokens (Eq. 11).
 So the class token goes in with noise, its velocity is predicted, and it is aligned. To
@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, StackDataset, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -188,8 +188,7 @@ SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred extra", defaults=[None])
 
 
 class SiT(nn.Module):
-    """SiT with class token (REG), mixing blocks, mask, projector (REPA). Section 3 tells why
-    a network that predicts velocities can generate images."""
+    """SiT with class token (REG), mixing blocks, mask and projector (REPA)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -376,10 +375,8 @@ def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=Non
 def euler_ode(
     model, x, y, cls=None, *, num_steps=50, cfg_scale=1.0, velocity=guided_velocity
 ) -> Tensor:
-    """Normal noise x (N, C, H, W), cls (N, z_dim) or None, labels y (N,) -> latents.
-
-    It follows dx/dt = v, with all tokens. The papers' sampler is in sample.py.
-    """
+    """Follows dx/dt = v, with all tokens: normal noise x (N, C, H, W) and cls (N, z_dim) or
+    None, labels y (N,) -> latents. The sampler of the papers is in sample.py."""
     dtype = x.dtype
     x = x.double()  # in float32, rounding errors of many small steps would add up
     cls = None if cls is None else cls.double()
@@ -683,9 +680,9 @@ def build_vae(config: Config, device):
     """The frozen SD-VAE, in float32 or TF32, or None where x is the image itself."""
     if config.vae == "none":
         return None
-    import sample  # here, since it imports this file
+    from sample import load_vae  # here, as it imports this file
 
-    return sample.load_vae(config.vae, config.vae_scale, device)
+    return load_vae(config.vae, config.vae_scale, device)
 
 
 def decode_latents(vae, x: Tensor) -> Tensor:
@@ -697,9 +694,8 @@ def decode_latents(vae, x: Tensor) -> Tensor:
 def latent_file(config: Config, path: str) -> str:
     """The file for mean and std of an image. Its name depends on all that they do."""
     key = [os.path.relpath(path, config.data), config.image_size, config.vae]
-    for file in (path, config.vae):
-        if os.path.exists(file):
-            key += [os.path.getsize(file), os.path.getmtime(file)]
+    for file in filter(os.path.exists, (path, config.vae)):
+        key += [os.path.getsize(file), os.path.getmtime(file)]
     return f"{config.cache}/{hashlib.sha256(repr(key).encode()).hexdigest()}.pt"
 
 
@@ -743,7 +739,7 @@ def demo_shapes(size: int, count: int = 8192) -> Dataset:
     rand = partial(torch.rand, generator=seeded("cpu", "shapes"))
     radius = size * (0.32 + 0.08 * rand(count, 1, 1))
     center = size * (0.45 + 0.1 * rand(2, count, 1, 1))
-    background = 0.4 * rand(count, 3, 1, 1)  # darker than every shape
+    background = 0.4 * rand(count, 3, 1, 1)  # darker than all shapes
     color = 0.45 + 0.55 * rand(count, 3, 1, 1)
     pixels = torch.arange(size) + 0.5
     x = (pixels - center[0]) / radius  # (count, 1, size)
@@ -772,37 +768,41 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-class FolderImages(ImageFolder):
+def list_images(folder: Path) -> list:
+    """Paths of images at any depth, without hidden files and linked folders."""
+    paths = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+        paths += [f"{place}/{name}" for name in images if name[0] != "."]
+    return sorted(paths)
+
+
+class FolderImages(Dataset):
     """The images of DIR/class/ or DIR/train/class/, as dicts for prepare_batch."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.folder = Path(config.data)
-        if any(self.folder.glob("train/[!.]*/")):
-            self.folder = self.folder / "train"
-        lists = [*self.folder.glob("dataset.json"), *self.folder.glob("*/dataset.json")]
-        assert not lists, f"{lists[0]} is not read: make a folder for each class"
-        super().__init__(self.folder, is_valid_file=self.is_image)
+        root = Path(config.data)
+        if any(root.glob("train/[!.]*/")):
+            root = root / "train"
+        lists = [*root.glob("dataset.json"), *root.glob("*/dataset.json")]
+        assert not lists, f"{lists[0]} is not read: make class folders"
+        found = {folder.name: list_images(folder) for folder in sorted(root.glob("[!.]*/"))}
+        empty = [name for name, paths in found.items() if not paths]
+        assert found and not empty, f"{root} has no classes, or classes without images: {empty}"
+        self.classes = list(found)
+        self.samples = [(path, i) for i, paths in enumerate(found.values()) for path in paths]
 
-    def find_classes(self, directory):
-        names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
-        return names, {name: label for label, name in enumerate(names)}
-
-    def is_image(self, path: str) -> bool:
-        """Leaves out what is hidden, or behind a link inside a class folder."""
-        inner = Path(path).relative_to(self.folder)  # class/.../name
-        hidden = any(part[0] == "." for part in inner.parts)
-        between = inner.parents[:-2]  # folders inside that of the class
-        linked = any((self.folder / parent).is_symlink() for parent in between)
-        return inner.suffix.lower() in IMG_EXTENSIONS and not hidden and not linked
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, i: int) -> dict:
         path, label = self.samples[i]
         try:
             image = Image.open(path, formats=IMAGE_FORMATS).convert("RGB")
         except Exception as error:
-            error.add_note(path)
-            raise
+            raise OSError(f"{path}: {error}") from error
         crop = center_crop(image, self.config.image_size)
         item = dict(image=pil_to_tensor(crop), label=label)
         if self.config.vae != "none":
@@ -872,7 +872,7 @@ class StepRng:
 def save_file(value, path: str) -> None:
     """torch.save beside path, then a rename: a kill never leaves half a file."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f"{path}.{os.getpid()}.tmp"  # one for each process
+    beside = f"{path}.{os.getpid()}.tmp"
     torch.save(value, beside)
     os.replace(beside, path)
 
@@ -882,7 +882,7 @@ def load_checkpoint(config: Config, parts: dict, rank, world_size) -> int:
     path = f"{config.out}/latest.pt"
     step = 0
     if os.path.exists(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu")
         step = saved["step"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -891,7 +891,7 @@ def load_checkpoint(config: Config, parts: dict, rank, world_size) -> int:
             old = saved["config"].get(name)
             if old != new and rank == 0:
                 print(f"changed since then: {name} {old} -> {new}")
-    found = [step] * world_size
+    found = [step] * world_size  # by each process
     if world_size > 1:
         dist.all_gather_object(found, step)
     assert len(set(found)) == 1, f"steps {found} in {path}, which all must share"
@@ -904,7 +904,7 @@ def write_log(config: Config, step, history, clock, rank, world_size) -> None:
     means = rows.mean(dim=0) / world_size
     if world_size > 1:
         dist.all_reduce(means)
-    line = dict(zip(history[0], means.tolist(), strict=True))  # this waits for the GPU
+    line = dict(zip(history[0], means.tolist(), strict=True))  # waits for the GPU
     line["images_per_s"] = config.batch_size * len(history) / (time.time() - clock)
     assert all(map(math.isfinite, line.values())), f"step {step}: {line}, lower --lr"
     if rank == 0:
