@@ -74,11 +74,14 @@ def torchrun(count, script, *argv):
     return Program(torch.distributed.run.__file__, *options, ROOT / script, *argv)
 
 
-def start_ranks(count, script, *argv, **options):
-    """`torchrun --nproc_per_node=COUNT SCRIPT` without torchrun: a Program for each rank."""
+def start_ranks(count, script, *argv, before=None, **options):
+    """`torchrun --nproc_per_node=COUNT SCRIPT` without torchrun: a Program for each rank. `before`
+    may be a list, of one function for each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     one = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     one |= dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), **options)
-    return [Program(script, *argv, RANK=str(i), LOCAL_RANK=str(i), **one) for i in range(count)]
+    first = before if isinstance(before, list) else [before] * count
+    ranks = [dict(one, RANK=str(i), LOCAL_RANK=str(i), before=first[i]) for i in range(count)]
+    return [Program(script, *argv, **rank) for rank in ranks]
