@@ -1,129 +1,146 @@
-"""HASTE (arXiv 2505.16792): REPA that teaches attention, too, and stops in time.
+"""HASTE (arXiv 2505.16792): REPA that also teaches attention, and stops teaching in time.
 
-What differs from REPA: a second loss pulls our attention maps towards the teacher's. From step tau
-on both lessons end: early on a teacher leads faster than the data would, later it holds back.
+What differs from REPA: a second loss pulls our attention maps towards the teacher's. From
+step tau on, both losses have weight zero. Early in training the teacher helps, later it
+holds the network back.
 
-  python tests/forks/haste.py                                        the demo, on a laptop
-  torchrun --nproc_per_node=8 tests/forks/haste.py --data IMAGENET   the real thing
-  python sample.py runs/haste-demo/latest.pt                         its images
+  python tests/forks/haste.py                                        the demo
+  torchrun --nproc_per_node=8 tests/forks/haste.py --data IMAGENET   the paper's SiT-XL/2
+  python sample.py runs/haste-demo/latest.pt                         images of the demo
 
---mask_ratio, --mixer_depth and --class_token combine with it.
+--mask_ratio, --mixer_depth and --class_token can be combined with it.
 """
 
-import dataclasses
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import maskalign
-from maskalign import SIZES, setting
+from maskalign import SIZES, SiTOutput, gather_tokens, setting
 
-# Tab. 16: the block after which tokens are aligned; tau; and the pairs of blocks, from 1, whose
-# attention is compared (ours, the teacher's). The demo's row is ours.
-EARLY = dict(align_depth=5, stop_align_at=100_000, attn_layers=((3, 8), (4, 10), (5, 12)))
-LATE = dict(align_depth=8, stop_align_at=250_000, attn_layers=((5, 9), (6, 10), (7, 11), (8, 12)))
-DEMO = dict(align_depth=3, stop_align_at=1000, attn_layers=((2, 1), (3, 2)))
-LAYERS = dict(zip(SIZES, (EARLY, EARLY, LATE, LATE, DEMO), strict=True))  # S, B, L, XL, demo
+# Tab. 16: pairs of blocks whose attention is compared (one of ours, one of the teacher's),
+# the block after which tokens are aligned, and tau. S and the demo are our choice.
+PAIRS_B = ((3, 8), (4, 10), (5, 12))  # counted from 1
+PAIRS_XL = ((5, 9), (6, 10), (7, 11), (8, 12))
+ROWS = {
+    "SiT-S/2": dict(attn_pairs=PAIRS_B, align_depth=5, stop_align_at=100_000),
+    "SiT-B/2": dict(attn_pairs=PAIRS_B, align_depth=5, stop_align_at=100_000),
+    "SiT-L/2": dict(attn_pairs=PAIRS_XL, align_depth=8, stop_align_at=250_000),
+    "SiT-XL/2": dict(attn_pairs=PAIRS_XL, align_depth=8, stop_align_at=250_000),
+    "demo": dict(attn_pairs=((2, 1), (3, 2)), align_depth=3, stop_align_at=1000),
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Haste(maskalign.Config):
-    """REPA's settings as defaults, and three more."""
+    """The settings of REPA, and three more."""
 
-    method: str = setting("haste")  # no note, so no flag: there is no other here
-    class_token: bool = setting(False, "as REPA: no class token")
-    mixer_depth: int = setting(0, "as REPA: no mixing blocks", rule="0 or above")
-    mask_ratio: float = setting(0.0, "as REPA: no token dropped", rule="in [0, 1)")
-    align_coeff: float = setting(0.5, "as REPA: lambda, alignment of tokens")
-    attn_coeff: float = setting(0.5, "HASTE: weight of the attention's loss", rule="0 or above")
-    stop_align_at: int = setting(250_000, "Tab. 16: tau, from which step on nothing is aligned")
-    attn_layers: tuple = setting(LATE["attn_layers"])
-    sizes = {size: row | LAYERS[size] for size, row in SIZES.items()}
-
-
-def keep_output(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-    """A forward hook: PyTorch calls it after the layer, which then remembers what it put out."""
-    layer.kept = output if layer.training else None  # the EMA, a copy with hooks, keeps nothing
+    method: str = setting("haste")  # without a help text, so it is no flag
+    class_token: bool = setting(False, "also denoise a class token (REPA: no)")
+    mixer_depth: int = setting(0, "number of mixing blocks (REPA: 0)")
+    mask_ratio: float = setting(0.0, "share of patches to drop (REPA: 0)")
+    attn_coeff: float = setting(0.5, "weight of the loss of attention", group="this fork")
+    stop_align_at: int = setting(250_000, "the step tau from which on nothing is aligned")
+    attn_pairs: tuple = setting(PAIRS_XL)
+    sizes = {name: SIZES[name] | ROWS[name] for name in SIZES}
 
 
-def hook_attention(blocks: nn.ModuleList, numbers: list) -> list:
-    """The attention layers of these blocks, from 1, which from now on keep queries and keys. A
-    network with fewer blocks gives its last."""
-    layers = [blocks[:number][-1].attn for number in numbers]
-    for attn in layers:
-        attn.qkv.train().register_forward_hook(keep_output)  # train(): also in the teacher
+def keep_output(layer, inputs, output) -> None:
+    """A forward hook: PyTorch calls it after the layer. It keeps what the layer put out."""
+    layer.kept = output
+
+
+def watched(blocks, numbers: list) -> list:
+    """Attention layers of some blocks, of which we keep from now on what qkv puts out."""
+    layers = [blocks[number - 1].attn for number in numbers]
+    for layer in layers:
+        layer.qkv.register_forward_hook(keep_output)
     return layers
 
 
-def build_model(config: Haste) -> maskalign.SiT:
-    model = maskalign.build_model(config)
-    model.compared = hook_attention(model.blocks, [ours for ours, _ in config.attn_layers])
-    return model
+def take_qkv(layers: list) -> list:
+    """Queries, keys and values of watched layers, from the last pass (N, -, 3, heads, d)."""
+    taken = []
+    for layer in layers:
+        taken.append(layer.qkv.kept.unflatten(-1, (3, layer.num_heads, -1)))
+        layer.qkv.kept = None
+    return taken
 
 
-def build_teacher(config: Haste, dataset, device, rank: int = 0) -> maskalign.ViTTeacher:
-    teacher = maskalign.build_teacher(config, dataset, device, rank)
-    teacher.compared = hook_attention(teacher.vit.blocks, [its for _, its in config.attn_layers])
-    return teacher
+class HasteSiT(maskalign.SiT):
+    """SiT that also returns, as extra, the qkv of the blocks that learn attention."""
+
+    def __init__(self, config: Haste):
+        super().__init__(config)
+        self.layers = watched(self.blocks, [ours for ours, _ in config.attn_pairs])
+
+    def forward(self, *inputs) -> SiTOutput:
+        out = super().forward(*inputs)
+        return out._replace(extra=take_qkv(self.layers))
 
 
-def draw_step(run: maskalign.Run, generator: torch.Generator) -> dict:
-    """As maskalign's, and the pairs of layers to compare in this step: from tau on, none."""
-    drawn, pairs = maskalign.draw_step(run, generator), []
-    if run.step < run.config.stop_align_at:
-        pairs = list(zip(run.model.compared, run.teacher.compared, strict=True))
-    elif run.model.align_depth:  # at tau, and at the first step of a run resumed after it
-        stop_aligning(run)
-    return drawn | dict(pairs=pairs)  # no tensor: training_losses gets it as it is
+class HasteTeacher:
+    """Images -> the teacher's tokens z (N, 1+T, z_dim), and the qkv of its blocks."""
+
+    def __init__(self, config: Haste, dataset, device):
+        self.teacher = maskalign.load_teacher(config, dataset, device)
+        self.dim = self.teacher.dim
+        blocks = self.teacher.vit.blocks
+        self.layers = watched(blocks, [theirs for _, theirs in config.attn_pairs])
+
+    def __call__(self, images: Tensor) -> tuple:
+        z = self.teacher(images)
+        return z, take_qkv(self.layers)
 
 
-def stop_aligning(run: maskalign.Run) -> None:
-    """The projector is frozen, not removed: so the weights and the optimizer's state in a
-    checkpoint keep their shape, and a resumed run goes on as one that was never stopped."""
-    run.model.align_depth = 0
-    run.model.projectors.requires_grad_(False)
-    if not run.config.class_token:
-        run.teacher = None  # nobody asks it any more
-    if run.world_size > 1:  # a new wrapper: the old one would wait for the projector's gradients
-        run.ddp_model = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+def attention_logits(qkv: Tensor, num_patches: int, ids_keep=None) -> Tensor:
+    """What softmax is given, for all patches or for ids_keep (N, K): (N, heads, K, K)."""
+    patches = qkv[:, -num_patches:]  # they come after class token and registers
+    q, k, _ = gather_tokens(patches, ids_keep).unbind(dim=2)  # (N, K, heads, d)
+    return torch.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(q.shape[-1])
 
 
-def attention_logits(attn: nn.Module, num_patches: int, ids_keep: Tensor | None = None) -> Tensor:
-    """What the softmax of a layer saw in its last forward pass, (N, heads, K, K), in float32 and
-    cut to patches: no class token, no registers. ids_keep: which of them, None: all."""
-    qkv = maskalign.gather_tokens(attn.qkv.kept[:, -num_patches:], ids_keep)
-    q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # (N, K, heads, head_dim)
-    return maskalign.at_least_float32(torch.einsum("nqhd,nkhd->nhqk", q, k)) / q.shape[-1] ** 0.5
+def attention_loss(ours: list, theirs: list, num_patches: int, ids_keep=None) -> Tensor:
+    """The mean cross-entropy of our attention maps and the teacher's, from qkv of both."""
+    losses = []
+    for our_qkv, their_qkv in zip(ours, theirs, strict=True):
+        # Tokens are left out before softmax: both maps are distributions over the same ones.
+        target = attention_logits(their_qkv, num_patches, ids_keep)
+        logits = attention_logits(our_qkv, target.shape[-1])  # we have the kept ones only
+        heads = min(logits.shape[1], target.shape[1])  # L and XL have four more
+        log_p = logits[:, :heads].log_softmax(dim=-1)  # in float32, also under autocast
+        losses.append(-(target[:, :heads].softmax(dim=-1) * log_p).sum(dim=-1).mean())
+    return torch.stack(losses).mean()
 
 
-def training_losses(model, x, y, z, config: Haste, *, pairs: list, ids_keep=None, **drawn) -> dict:
-    """As maskalign's, which refuses what it does not know among `drawn`, and "attn": the mean
-    cross-entropy of our attention maps to the teacher's, over layers, heads and queries."""
-    losses = maskalign.training_losses(model, x, y, z, config, ids_keep=ids_keep, **drawn)
-    attn, num_patches = torch.zeros_like(losses["loss"]), (x.shape[-1] // config.patch_size) ** 2
-    for ours, theirs in pairs:
-        # Cut before the softmax, so that both maps are distributions over the patches we keep.
-        theirs = attention_logits(theirs, num_patches, ids_keep)
-        ours = attention_logits(ours, theirs.shape[-1])  # the dropped ones never came so far
-        heads = min(ours.shape[1], theirs.shape[1])  # L and XL have four that nobody teaches
-        log_ours, theirs = ours[:, :heads].log_softmax(-1), theirs[:, :heads].softmax(-1)
-        attn = attn - (theirs * log_ours).sum(dim=-1).mean() / len(pairs)
-    return losses | dict(loss=losses["loss"] + config.attn_coeff * attn, attn=attn)
+def training_losses(model, x, y, z, config: Haste, rng, ema=None) -> dict:
+    """maskalign's losses, and attn. z is what HasteTeacher returns."""
+    z, theirs = z
+    seen = {}
+
+    def network(x_t, t, y, cls_t, ids_keep):  # model, of which we keep two things
+        out = model(x_t, t, y, cls_t, ids_keep)
+        seen.update(ours=out.extra, ids_keep=ids_keep)
+        return out
+
+    terms = maskalign.training_losses(network, x, y, z, config, rng)
+    num_patches = (x.shape[-1] // config.patch_size) ** 2
+    attn = attention_loss(seen["ours"], theirs, num_patches, seen["ids_keep"])
+    teaches = float(rng.step < config.stop_align_at)  # 1, and 0 from tau on
+    taught = config.align_coeff * terms["align"] + config.attn_coeff * attn
+    loss = terms["denoise"] + config.cls_coeff * terms["cls"] + teaches * taught
+    return terms | dict(loss=loss, attn=attn)
 
 
-def train(config: Haste, signals: list | tuple = ()) -> None:
-    maskalign.train(
-        config,
-        build_model=build_model,
-        build_teacher=build_teacher,
-        draw_step=draw_step,
-        training_losses=training_losses,
-        signals=signals,
-    )
+def train(config: Haste) -> None:
+    ours = dict(build_model=HasteSiT, build_teacher=HasteTeacher, losses=training_losses)
+    maskalign.train(config, **ours)
 
 
 if __name__ == "__main__":

@@ -1,86 +1,102 @@
 """LayerSync (arXiv 2510.12581): an early block learns from a later one of the same network.
 
-What differs from SiT: in the same pass, the tokens after block early_depth are pulled towards those
-after late_depth, which know more of the image. No teacher, no projector, no new weight.
+What differs from SiT: one more loss. It pulls the tokens after block early_depth towards
+those after block late_depth, which know more about the image. It needs no teacher, no
+projector and no extra parameters.
 
-  python tests/forks/layersync.py                                        the demo, on a laptop
-  torchrun --nproc_per_node=8 tests/forks/layersync.py --data IMAGENET   the real thing
-  python sample.py runs/layersync-demo/latest.pt                         its images
+  python tests/forks/layersync.py                                        the demo
+  torchrun --nproc_per_node=8 tests/forks/layersync.py --data IMAGENET   the paper's run
+  python sample.py runs/layersync-demo/latest.pt                         images
 
---mask_ratio 0.25 --mixer_depth 2 makes it a MaskAlign without a teacher: ours, published by nobody,
-untested at scale. --align_coeff 0.5 adds REPA.
+With --mask_ratio 0.25 --mixer_depth 2 it is a MaskAlign without a teacher. Nobody has
+published that, and we have not tested it at scale. --align_coeff 0.5 adds REPA.
 """
 
-import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import maskalign
-from maskalign import SIZES, at_least_float32, setting
+from maskalign import SIZES, SiTOutput, gather_tokens, setting
 
-# NOTE(paper): XL's pair is that of its code, L's is reported by others. S's, B's and the demo's are
-# ours, after the same rule (early: not among the first blocks; late: not in the last fifth).
-EARLY = dict(zip(SIZES, (4, 4, 8, 8, 2), strict=True))  # S, B, L, XL, demo
-LATE = dict(zip(SIZES, (9, 9, 18, 16, 4), strict=True))
+# NOTE(paper): XL's depths are those of its code, L's are reported by others. The rest is
+# our choice, by the same rule: early is not one of the first blocks, and late is not in the
+# last fifth.
+DEPTHS = {
+    "SiT-S/2": dict(early_depth=4, late_depth=9),
+    "SiT-B/2": dict(early_depth=4, late_depth=9),
+    "SiT-L/2": dict(early_depth=8, late_depth=18),
+    "SiT-XL/2": dict(early_depth=8, late_depth=16),
+    "demo": dict(early_depth=2, late_depth=4),
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LayerSync(maskalign.Config):
-    """SiT's settings as defaults, and three more."""
+    """The settings of SiT, and three more."""
 
-    method: str = setting("layersync")  # no note, so no flag: there is no other here
-    class_token: bool = setting(False, "as SiT: no class token")
-    mixer_depth: int = setting(0, "as SiT: no mixing blocks", rule="0 or above")
-    mask_ratio: float = setting(0.0, "as SiT: no token dropped", rule="in [0, 1)")
-    align_coeff: float = setting(0.0, "as SiT: no alignment with a teacher", rule="0 or above")
-    sync_coeff: float = setting(0.2, "LayerSync: lambda, early block with late")
-    early_depth: int = setting(8, "LayerSync: the tokens after this block, from 1, are pulled")
-    late_depth: int = setting(16, "LayerSync: towards those after this block")
-    sizes = {k: row | dict(early_depth=EARLY[k], late_depth=LATE[k]) for k, row in SIZES.items()}
+    method: str = setting("layersync")  # without a help text, so it is no flag
+    class_token: bool = setting(False, "also denoise a class token (SiT: no)")
+    mixer_depth: int = setting(0, "number of mixing blocks (SiT: 0)")
+    mask_ratio: float = setting(0.0, "share of patches to drop (SiT: 0)")
+    align_coeff: float = setting(0.0, "weight of the alignment with a teacher (SiT: 0)")
+    sync_coeff: float = setting(0.2, "weight of the new loss, lambda", group="this fork")
+    early_depth: int = setting(8, "pull the tokens after this block, counted from 1")
+    late_depth: int = setting(16, "towards those after this block")
+    sizes = {name: SIZES[name] | DEPTHS[name] for name in SIZES}
 
     def __post_init__(self):
-        rule = f"above early_depth, {self.early_depth}, and at most the depth, {self.depth}"
-        fits = self.early_depth < self.late_depth <= self.depth  # were they equal, sync would be -1
-        maskalign.require(self, "late_depth", fits, rule)
+        fits = 1 <= self.early_depth < self.late_depth <= self.depth
+        pair = f"early_depth {self.early_depth} and late_depth {self.late_depth}"
+        assert fits, f"{pair} are not two blocks of {self.depth}, the early one first"
 
 
-def keep_output(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-    """A forward hook: PyTorch calls it after the layer, which then remembers what it put out."""
-    layer.kept = output if layer.training else None  # the EMA, a copy with hooks, keeps nothing
+class SyncSiT(maskalign.SiT):
+    """SiT that also returns, as extra, the tokens after early_depth and late_depth."""
+
+    def __init__(self, config: LayerSync):
+        super().__init__(config)
+        self.early_depth = config.early_depth
+        self.late_depth = config.late_depth
+
+    def forward(self, x, t, y, cls=None, ids_keep=None) -> SiTOutput:
+        h, c = self.embed(x, t, y, cls)
+        h = gather_tokens(h, ids_keep, self.class_token)  # (N, [1+]K, D)
+        z_pred = None
+        for i, block in enumerate(self.blocks, start=1):
+            h = block(h, c)
+            if i == self.early_depth:
+                early = h
+            if i == self.late_depth:
+                late = h
+            if i == self.align_depth and self.training and self.projector is not None:
+                z_pred = self.projector(h)
+        v, v_cls = self.final_layer(h, c)
+        return SiTOutput(v, v_cls, z_pred, extra=(early, late))
 
 
-def build_model(config: LayerSync) -> maskalign.SiT:
-    model = maskalign.build_model(config)
-    model.pair = [model.blocks[depth - 1] for depth in (config.early_depth, config.late_depth)]
-    for block in model.pair:
-        block.register_forward_hook(keep_output)
-    return model
+def training_losses(model, x, y, z, config: LayerSync, rng, ema=None) -> dict:
+    """maskalign's losses, and sync: minus the mean cosine of early and late tokens."""
+    outputs = []
+
+    def network(*inputs):  # model, of which we keep the output
+        outputs.append(model(*inputs))
+        return outputs[0]
+
+    terms = maskalign.training_losses(network, x, y, z, config, rng)
+    early, late = outputs[0].extra  # (N, [1+]K, D)
+    # Late tokens are detached, as they teach. Otherwise they would also learn from early ones.
+    late = late.detach().to(x.dtype)  # float32, as bfloat16 is too coarse for a cosine
+    sync = -F.cosine_similarity(early.to(x.dtype), late, dim=-1).mean()
+    return terms | dict(loss=terms["loss"] + config.sync_coeff * sync, sync=sync)
 
 
-def draw_step(run: maskalign.Run, generator: torch.Generator) -> dict:
-    """As maskalign's, and the two blocks: no tensors, so training_losses gets them as they are."""
-    return maskalign.draw_step(run, generator) | dict(pair=run.model.pair)
-
-
-def training_losses(model, x, y, z, config: LayerSync, *, pair: list, **drawn) -> dict:
-    """maskalign's losses (it refuses names that it does not know in `drawn`) and "sync": minus the
-    mean cosine between the early block's kept tokens and the late block's."""
-    losses = maskalign.training_losses(model, x, y, z, config, **drawn)
-    early, late = (at_least_float32(block.kept) for block in pair)  # (N, [1+]K, D)
-    # Detached: else late would also move towards early, and the loss would not show it.
-    sync = -F.cosine_similarity(early, late.detach(), dim=-1).mean()
-    return losses | dict(loss=losses["loss"] + config.sync_coeff * sync, sync=sync)
-
-
-def train(config: LayerSync, signals: list | tuple = ()) -> None:
-    ours = dict(build_model=build_model, draw_step=draw_step, training_losses=training_losses)
-    maskalign.train(config, **ours, signals=signals)
+def train(config: LayerSync) -> None:
+    maskalign.train(config, build_model=SyncSiT, losses=training_losses)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""xAR-style (arXiv 2502.20388): an image cell by cell, each out of noise of its own.
+"""xAR-style (arXiv 2502.20388): an image is generated cell by cell.
 
-What differs from SiT: the image is cut into cells^2 cells. In training each has a time of its own,
-and its tokens see their own cell and those before it, however noisy. In sampling one after another
-goes from noise to data. Not the paper's: the network, the latents, the ODE.
+What differs from SiT: the image is cut into cells x cells squares. In training each cell has
+a time of its own, and its tokens see their own cell and those before it, however noisy. In
+sampling, one cell after another goes from noise to data. The network, the latents and the
+ODE are not the paper's.
 
-  python tests/forks/xar.py                                          the demo, on a laptop
-  torchrun --nproc_per_node=8 tests/forks/xar.py --data IMAGENET     the real thing
-  python tests/forks/xar.py sample runs/xar-demo/latest.pt           its images; flags of sample.py
+  python tests/forks/xar.py                                        the demo
+  torchrun --nproc_per_node=8 tests/forks/xar.py --data IMAGENET   a SiT-XL/2
+  python tests/forks/xar.py sample runs/xar-demo/latest.pt         flags of sample.py
 """
 
-import dataclasses
-import functools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,108 +22,108 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import maskalign
 import sample
-from maskalign import SiTOutput, modulate, require, setting
+from maskalign import SiTOutput, add_noise, patchify, setting
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Xar(maskalign.Config):
-    method: str = setting("xar")  # no note, so no flag
+    """The settings of SiT, and two more."""
+
+    method: str = setting("xar")  # without a help text, so it is no flag
     class_token: bool = setting(False)
-    mixer_depth: int = setting(0, "as SiT: no mixing blocks", rule="0 or above")
-    mask_ratio: float = setting(0.0, rule="in [0, 1)")
-    align_coeff: float = setting(0.0, rule="0 or above")
-    cells: int = setting(2, "xAR: cells per side of the image")
+    mixer_depth: int = setting(0)
+    mask_ratio: float = setting(0.0)
+    align_coeff: float = setting(0.0)
+    cells: int = setting(2, "cells per side of the image", group="this fork")
+    sample_with: str = setting("tests/forks/xar.py sample")  # for sample.py
 
     def __post_init__(self):
-        for name in ("class_token", "mask_ratio", "align_coeff"):
-            require(self, name, not getattr(self, name), "0, as cells do without")
         side = self.latent_shape[1] // self.patch_size
-        rule = f"above 1 and a divisor of the {side} tokens per side"
-        require(self, "cells", self.cells > 1 and side % self.cells == 0, rule)
+        fits = self.cells > 1 and side % self.cells == 0
+        assert fits, f"cells {self.cells} is no divisor above 1 of {side} tokens per side"
 
 
 def spread(values: Tensor, side: int) -> Tensor:
-    """(N, cells^2) -> (N, 1, side, side): at each place of a raster the value of its cell."""
+    """One value per cell (N, cells^2) -> a map (N, 1, side, side)."""
     cells = round(values.shape[1] ** 0.5)
     return F.interpolate(values.view(-1, 1, cells, cells), side)
 
 
 class CellSiT(maskalign.SiT):
-    """SiT with a time for each cell, t (N, cells^2). Tokens see their own cell and those before."""
+    """SiT with a time for each cell, t (N, cells^2), whose tokens see no later cell."""
 
     def __init__(self, config: Xar):
         super().__init__(config)
-        cell = spread(torch.arange(config.cells**2.0)[None], self.x_embedder.grid_size[0])
+        # On a GPU, cuDNN's attention with a mask has NaN as gradients (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.cells = config.cells
-        # Of each token its cell, (T,). In a checkpoint it keeps sample.py from taking it for SiT's.
-        self.register_buffer("cell", cell.flatten().long())
+        numbers = torch.arange(config.cells**2, dtype=torch.float32)[None]
+        cell = spread(numbers, self.x_embedder.grid_size[0]).flatten().long()
+        self.register_buffer("cell", cell, persistent=False)  # (T,): each token's cell
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y).unsqueeze(1)
+    def forward(self, x, t, y, cls=None, ids_keep=None) -> SiTOutput:
+        c = self.t_embedder(t) + self.y_embedder(y)[:, None]  # (N, cells^2, D)
         h = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         sees = self.cell[:, None] >= self.cell  # (T, T)
-        for block in (*self.mixer, *self.blocks):
-            # As Block.forward; c has a row for each cell, of which a token takes its own.
-            rows = block.adaLN_modulation(c)[:, self.cell]  # (N, T, 6 D)
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rows.chunk(6, -1)
-            h = h + gate_a * block.attn(modulate(h, shift_a, scale_a), attn_mask=sees)
-            h = h + gate_m * block.mlp(modulate(h, shift_m, scale_m))
-        return SiTOutput(*self.final_layer(h, c[:, self.cell]), None)
+        for block in self.blocks:
+            # As Block.forward, but with a mask, and each token has the condition of its cell.
+            six = block.adaLN_modulation(c)[:, self.cell].chunk(6, dim=-1)  # (N, T, D)
+            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
+            seen = block.norm1(h) * (1 + scale_attn) + shift_attn
+            h = h + gate_attn * block.attn(seen, attn_mask=sees)
+            h = h + gate_mlp * block.mlp(block.norm2(h) * (1 + scale_mlp) + shift_mlp)
+        v, _ = self.final_layer(h, c[:, self.cell])
+        return SiTOutput(v, None, None)
 
 
-def build_model(config: Xar) -> CellSiT:
-    torch.backends.cuda.enable_cudnn_sdp(False)  # masked, its gradients are NaN: pytorch#196678
-    torch.manual_seed(config.seed)
-    return CellSiT(config)
-
-
-def draw_step(run: maskalign.Run, generator: torch.Generator) -> dict:
-    """As maskalign's, with a time for each cell: t (n, cells^2)."""
-    drawn = maskalign.draw_step(run, generator)
-    t = torch.rand(len(drawn["t"]), run.config.cells**2, generator=generator, device=run.device)
-    return dict(t=t, noise=drawn["noise"], drop=drawn["drop"], vae_noise=drawn["vae_noise"])
-
-
-def training_losses(model, x, y, z, config: Xar, *, t, noise, drop) -> dict:
-    """{"loss", "denoise"}: SiT's, with the noise level of each cell. z is None."""
-    x_t = torch.lerp(x, noise, spread(t, x.shape[-1]))
-    v = model(x_t, t, torch.where(drop, config.num_classes, y)).v
-    v_target = maskalign.patchify(noise - x, config.patch_size)
-    denoise = (maskalign.at_least_float32(v) - v_target).square().mean()
+def training_losses(model, x, y, z, config: Xar, rng, ema=None) -> dict:
+    """The losses loss and denoise, which are the same. z is None."""
+    t = rng.rand(len(x), config.cells**2)
+    drop_label = rng.rand(len(x)) < config.label_dropout
+    y = torch.where(drop_label, config.num_classes, y)
+    noise = rng.randn(*x.shape)
+    v = model(add_noise(x, noise, spread(t, x.shape[-1])), t, y).v
+    v_target = patchify(noise - x, config.patch_size)
+    denoise = (v - v_target).square().mean()
     return dict(loss=denoise, denoise=denoise)
 
 
-def one_cell(model: CellSiT, k: int, x: Tensor, t: Tensor, y: Tensor) -> SiTOutput:
-    """What a SiT would give that moves cell k alone, at times t (N,); those before it are clean."""
-    times = (torch.arange(model.cells**2, device=t.device) > k).to(t).repeat(len(t), 1)
-    times[:, k] = t  # 0 before it, 1 after it
-    return SiTOutput(model(x, times, y).v * (model.cell == k)[:, None], None, None)
+class OneCell:
+    """A CellSiT as samplers know a SiT: t (N,) is the time of cell k, which alone moves.
+
+    The cells before it are finished, so their time is 0. Those after it are still noise.
+    """
+
+    def __init__(self, model: CellSiT, k: int):
+        self.model = model
+        self.k = k
+        self.patch_size = model.patch_size
+        self.num_classes = model.num_classes
+
+    def __call__(self, x, t, y, cls=None) -> SiTOutput:
+        times = torch.zeros(len(x), self.model.cells**2, dtype=t.dtype, device=t.device)
+        times[:, self.k] = t
+        times[:, self.k + 1 :] = 1
+        moves = self.model.cell == self.k  # (T,)
+        v = self.model(x, times, y).v
+        return SiTOutput(v * moves[:, None], None, None)
 
 
-def cell_ode(model: CellSiT, x, y, cls=None, *, cfg_scale: float = 1.0, **settings) -> Tensor:
-    """sample.py's ODE (its settings), cell after cell. Guidance grows from none to cfg_scale."""
+def cell_ode(model: CellSiT, x, y, cls=None, *, cfg_scale=1.0, **settings) -> Tensor:
+    """sample.py's ODE, cell after cell. Guidance grows from none to cfg_scale."""
     last = model.cells**2 - 1
     for k in range(last + 1):
-        field = functools.partial(one_cell, model, k)
-        field.patch_size, field.num_classes = model.patch_size, model.num_classes
-        x = sample.euler_ode(field, x, y, cfg_scale=1 + (cfg_scale - 1) * k / last, **settings)
+        scale = 1 + (cfg_scale - 1) * k / last
+        x = sample.euler_ode(OneCell(model, k), x, y, cfg_scale=scale, **settings)
     return x
 
 
-def train(config: Xar, signals: list | tuple = ()) -> None:
-    maskalign.train(
-        config,
-        build_model=build_model,
-        draw_step=draw_step,
-        training_losses=training_losses,
-        sampler=cell_ode,
-        signals=signals,
-    )
+def train(config: Xar) -> None:
+    maskalign.train(config, build_model=CellSiT, losses=training_losses, sampler=cell_ode)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["sample"]:
-        del sys.argv[1]
-        sample.main(kind=Xar, build_model=build_model, samplers=dict(ode=cell_ode))
+        sample.main(Xar, CellSiT, dict(ode=cell_ode), sys.argv[2:])
     else:
         maskalign.main(train, Xar, __doc__)
