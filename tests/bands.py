@@ -1,11 +1,12 @@
-"""Mean and standard deviation over seeds: as a table, and as lines with bands. See effect.py."""
+"""Mean and standard deviation over seeds, as a table, and as lines with bands. See effect.py."""
 
 import itertools
 import math
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from curves import COLOURS, draw_text
+from curves import COLORS, Frame, draw_border, draw_grid, draw_text, place
 from PIL import Image, ImageDraw
 
 MEASURES = dict(
@@ -13,103 +14,128 @@ MEASURES = dict(
     named="named as the class that was asked for, % (higher is better)",
 )
 AXES = dict(step="steps", cpu_s="CPU seconds of training")
-WIDTH, HEIGHT = 560, 420  # of a panel, in half pixels, as all that is drawn
 
 
+# ---- 1. The table
 def summarise(points: list) -> dict:
-    """{method: [{step, cpu_s, fd, named}, ...]}, each a (mean, std), of points {method, seed, step,
-    cpu_s, fd, named}."""
-    table, keys = {}, [*AXES, *MEASURES]
+    """Points {method, seed, step, cpu_s, fd, named} -> {method: [{step, cpu_s, fd, named}, ...]}.
+
+    There is a row for each step, and its values are pairs (mean, standard deviation).
+    """
+    groups = defaultdict(list)
     for point in points:
-        table.setdefault(point["method"], {}).setdefault(point["step"], []).append(point)
-    return {
-        method: [
-            {key: (mean(p[key] for p in same), stdev(p[key] for p in same)) for key in keys}
-            for same in by_step.values()
-        ]
-        for method, by_step in table.items()
-    }
+        groups[point["method"], point["step"]].append(point)
+    table = defaultdict(list)
+    for (method, _), seeds in groups.items():
+        row = {}
+        for name in (*AXES, *MEASURES):
+            values = [point[name] for point in seeds]
+            row[name] = (mean(values), stdev(values))
+        table[method].append(row)
+    return dict(table)
 
 
 def as_markdown(table: dict) -> str:
-    """A table for each measure, a row for each method: mean ± standard deviation at each step."""
+    """A table for each measure, with a row for each method and a column for each step."""
     steps = [f"{row['step'][0]} steps" for row in next(iter(table.values()))]
     lines = []
-    for key, title in (MEASURES | dict(cpu_s=AXES["cpu_s"])).items():
-        lines += [[title, *steps], ["---"] * (len(steps) + 1)]
+    for name, title in (MEASURES | dict(cpu_s=AXES["cpu_s"])).items():
+        lines.append(markdown_row(title, *steps))
+        lines.append(markdown_row(*["---"] * (1 + len(steps))))
         for method, rows in table.items():
-            lines.append([f"`{method}`", *("{:.1f} ± {:.1f}".format(*row[key]) for row in rows)])
-        lines.append([])
-    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
+            cells = ["{:.1f} ± {:.1f}".format(*row[name]) for row in rows]
+            lines.append(markdown_row(f"`{method}`", *cells))
+        lines.append("")
+    return "\n".join(lines)
 
 
-def log_marks(values) -> dict:
-    return {math.log(value): f"{value}" for value in values}
+def markdown_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def log_above_1(value: float) -> float:
-    """What a band may be below 1, or even 0, is not drawn."""
+# ---- 2. The picture, whose sizes are in half pixels
+def log_from_1(value: float) -> float:
+    """The logarithm. A band can reach below 1, or even below 0, and is cut there."""
     return math.log(max(value, 1.0))
 
 
-def draw_panel(draw, left: int, top: int, lines: dict, x_marks: dict, y_marks: dict) -> dict:
-    """Lines {method: [(x, low, middle, high), ...]} with bands from low to high, over a grid of
-    marks {place: label}. Returns the heights {method: y} at which the lines end."""
-    xs, lows, _, highs = zip(*itertools.chain(*lines.values()), strict=True)
-    x_margin, margin = (0.05 * (max(v) - min(v)) or 0.1 for v in (xs, lows + highs))
-    start, end = min(xs) - x_margin, max(xs) + x_margin
-    low, high = min(lows) - margin, max(highs) + margin
+SCALES = dict(step=math.log, cpu_s=math.log, fd=log_from_1, named=float)
 
-    def place(x, value):
-        along, down = (x - start) / (end - start), (high - value) / (high - low)
-        return left + WIDTH * along, top + HEIGHT * down
 
-    for x, label in ((x, label) for x, label in x_marks.items() if start < x < end):
-        draw.line((place(x, low), place(x, high)), "#dddddd", 2)
-        draw_text(draw, place(x, low)[0], top + HEIGHT + 26, label)
-    for value, label in ((y, label) for y, label in y_marks.items() if low < y < high):
-        draw.line((place(start, value), place(end, value)), "#dddddd", 2)
-        draw_text(draw, left - 12, place(start, value)[1], label, "rm")
-    for colour, line in zip(itertools.cycle(COLOURS), lines.values(), strict=False):
-        lower = [place(x, bottom) for x, bottom, _, _ in line]
-        upper = [place(x, above) for x, _, _, above in line]
-        draw.polygon(lower + upper[::-1], colour + "40")
-        draw.line([place(x, middle) for x, _, middle, _ in line], colour, 6, "curve")
-    draw.rectangle((left, top, left + WIDTH, top + HEIGHT), outline="black", width=2)
-    return {method: place(line[-1][0], line[-1][2])[1] for method, line in lines.items()}
+def lines_of(table: dict, axis: str, measure: str) -> dict:
+    """{method: [(x, lower edge, middle, upper edge), ...]} on the scales of both axes."""
+    lines = {}
+    for method, rows in table.items():
+        lines[method] = []
+        for row in rows:
+            x, _ = row[axis]
+            middle, std = row[measure]
+            band = [SCALES[measure](value) for value in (middle - std, middle, middle + std)]
+            lines[method].append((SCALES[axis](x), *band))
+    return lines
+
+
+def labels_of(name: str, steps: list) -> dict:
+    """{value on the scale of an axis: what is written there}."""
+    powers = [10**n for n in range(5)]
+    values = dict(
+        step=steps,
+        cpu_s=[k * power for power in powers for k in (1, 2, 3, 5, 7)],
+        fd=[k * power for power in powers for k in (1, 2, 5)],
+        named=range(0, 101, 10),
+    )
+    return {SCALES[name](value): f"{value}" for value in values[name]}
+
+
+def draw_panel(draw, left: int, top: int, lines: dict, x_labels: dict, y_labels: dict) -> Frame:
+    """The lines of lines_of and their bands, over a grid."""
+    points = list(itertools.chain(*lines.values()))
+    x = [point[0] for point in points]
+    y = [value for point in points for value in point[1:]]
+    x_margin = 0.05 * (max(x) - min(x)) or 0.1
+    y_margin = 0.05 * (max(y) - min(y)) or 0.1
+    x_range = (min(x) - x_margin, max(x) + x_margin)
+    y_range = (min(y) - y_margin, max(y) + y_margin)
+    frame = Frame(left, top, 560, 420, *x_range, *y_range)
+    draw_grid(draw, frame, within(x_labels, *x_range), within(y_labels, *y_range))
+    for color, line in zip(itertools.cycle(COLORS), lines.values(), strict=False):
+        lower = [place(frame, x, low) for x, low, _, _ in line]
+        upper = [place(frame, x, high) for x, _, _, high in line]
+        draw.polygon(lower + upper[::-1], color + "40")
+        draw.line([place(frame, x, middle) for x, _, middle, _ in line], color, 6, "curve")
+    draw_border(draw, frame)
+    return frame
+
+
+def within(labels: dict, low: float, high: float) -> dict:
+    return {value: text for value, text in labels.items() if low < value < high}
 
 
 def draw_bands(table: dict, path: Path) -> None:
-    """A row of panels for each of MEASURES, a column for each of AXES, 800 pixels wide. All scales
-    are logarithms, but for that of percents."""
+    """Panels in a row for each of MEASURES and a column for each of AXES, 800 pixels wide."""
     picture = Image.new("RGB", (1600, 1220), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands are translucent
     steps = [row["step"][0] for row in next(iter(table.values()))]
-    marks = dict(
-        step=log_marks(steps),
-        cpu_s=log_marks(k * 10**n for n in range(5) for k in (1, 2, 3, 5, 7)),
-        fd=log_marks(k * 10**n for n in range(5) for k in (1, 2, 5)),
-        named={percent: f"{percent}" for percent in range(0, 101, 10)},
-    )
-    for i, (key, title) in enumerate(MEASURES.items()):
-        top, scale = 610 * i + 70, float if key == "named" else log_above_1
+    for i, (measure, title) in enumerate(MEASURES.items()):
+        top = 610 * i + 70
         draw_text(draw, 130, top - 35, title, "lm")
         for j, (axis, name) in enumerate(AXES.items()):
-            lines = {
-                method: [
-                    (math.log(row[axis][0]), scale(m - s), scale(m), scale(m + s))
-                    for row in rows
-                    for m, s in [row[key]]
-                ]
-                for method, rows in table.items()
-            }
-            left = 130 + (WIDTH + 110) * j
-            ends = draw_panel(draw, left, top, lines, marks[axis], marks[key])
-            draw_text(draw, left + WIDTH / 2, top + HEIGHT + 75, name)
-        # Names stand right of the last panel, where their lines end, or as near as there is room.
-        y = 0
-        for method in sorted(ends, key=ends.get):
-            y = max(y + 38, ends[method])
-            colour = COLOURS[list(table).index(method) % len(COLOURS)]
-            draw.text((left + WIDTH + 14, y), method, colour, font_size=32, anchor="lm")
-    picture.reduce(2).save(path)  # smooth slanted lines
+            lines = lines_of(table, axis, measure)
+            labels = (labels_of(axis, steps), labels_of(measure, steps))
+            frame = draw_panel(draw, 130 + 670 * j, top, lines, *labels)
+            draw_text(draw, frame.left + frame.width / 2, top + frame.height + 75, name)
+        draw_names(draw, frame, lines)
+    picture.reduce(2).save(path)  # half the size, which smooths slanted lines
+
+
+def draw_names(draw, frame: Frame, lines: dict) -> None:
+    """The methods, right of a panel, where their lines end, or as near as there is room."""
+    ends = {}
+    for color, (method, line) in zip(itertools.cycle(COLORS), lines.items(), strict=False):
+        x, _, middle, _ = line[-1]
+        _, height = place(frame, x, middle)
+        ends[method] = (height, color)
+    y = 0
+    for method, (height, color) in sorted(ends.items(), key=lambda item: item[1]):
+        y = max(y + 38, height)
+        draw.text((frame.left + frame.width + 14, y), method, color, font_size=32, anchor="lm")

@@ -1,7 +1,8 @@
-"""A judge of pictures of the demo's shapes: how near to real ones, and how often of their class.
+"""Judges images of the demo's shapes: how near are they to real ones, and of which class?
 
-It is not the teacher: a small convolutional network, of another seed, that learned to name the 8192
-shapes of the demo. Every other shape that it is compared with is one on which nobody was trained.
+The judge is not the teacher. It is a small convolutional network that learned to classify the
+8192 shapes of the demo, from another seed. What generated images are compared with are other
+shapes, on which no network was trained.
 """
 
 import functools
@@ -17,53 +18,79 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import maskalign as ma
 
-SHAPES = 8192  # the demo's; demo_shapes draws the same ones first, however many it draws
+COUNT = 8192  # images of the demo
 
 
 def train_judge(images: Tensor, y: Tensor) -> nn.Sequential:
-    """A classifier of uint8 images (N, 3, 24, 24); its last layer but one gives 64 features."""
+    """A classifier of uint8 images (N, 3, 24, 24). Its last layer but one gives 64 features."""
     torch.manual_seed(1000)  # no run has this seed
-    layers = []
-    for channels, width in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.SiLU()]
-    judge = nn.Sequential(*layers, nn.Flatten(), nn.Linear(9 * 64, 64), nn.SiLU(), nn.Linear(64, 8))
+    judge = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 3 * 3, 64),
+        nn.SiLU(),
+        nn.Linear(64, 8),
+    )
     optimizer = torch.optim.AdamW(judge.parameters())
-    for batch in torch.randint(len(y), (500, 64)):
-        F.cross_entropy(judge(images[batch] / 127.5 - 1), y[batch]).backward()
-        optimizer.step()
+    for ids in torch.randint(len(y), (500, 64)):
+        loss = F.cross_entropy(judge(images[ids] / 127.5 - 1), y[ids])
         optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return judge
 
 
+@functools.cache
+def other_shapes() -> Tensor:
+    """Images uint8 (2 * COUNT, 3, 24, 24) that are not the demo's. Image i is of class i % 8.
+
+    The first COUNT are left out: they would have the sizes of the demo's shapes.
+    """
+    return ma.demo_shapes(24, 3 * COUNT).datasets["image"][COUNT:]
+
+
 @torch.no_grad()
-def look(judge: nn.Sequential, images: Tensor) -> tuple:
-    """Mean and covariance of the features; share in % named as asked: image i is of class i % 8."""
-    features, sums = judge[:-1](images / 127.5 - 1), torch.zeros(65, 65, dtype=torch.float64)
+def judge_images(judge: nn.Sequential, images: Tensor) -> tuple:
+    """Mean and covariance of the features, and the share in % with the class asked for.
+
+    Image i was asked to be of class i % 8.
+    """
+    features = judge[:-1](images / 127.5 - 1)
+    sums = torch.zeros(65, 65, dtype=torch.float64)
     fid.add_moments(sums, features)
-    hits = judge[-1](features).argmax(dim=1) == torch.arange(len(images)) % 8
-    return *fid.mean_and_covariance(sums), 100 * hits.double().mean().item()
+    mean, covariance = fid.mean_and_covariance(sums)
+    asked = torch.arange(len(images)) % 8
+    correct = judge[-1](features).argmax(dim=1) == asked
+    return mean, covariance, 100 * correct.double().mean().item()
 
 
 @functools.cache
 def make_judge() -> tuple:
-    """The judge, and what it sees in held-out shapes: mean, covariance, share named rightly."""
-    images, y = ma.demo_shapes(24, 2 * SHAPES).tensors
-    judge = train_judge(images[:SHAPES], y[:SHAPES])
-    return judge, *look(judge, images[SHAPES:])
+    """The judge, and what judge_images says of COUNT other shapes."""
+    shapes = ma.demo_shapes(24)
+    judge = train_judge(shapes.datasets["image"], shapes.datasets["label"])
+    return judge, judge_images(judge, other_shapes()[:COUNT])
 
 
 def score(images: Tensor) -> dict:
-    """fd, the Frechet distance from held-out shapes, and named, of uint8 images (N, 3, 24, 24)."""
-    judge, *held_out, _ = make_judge()
-    *stats, named = look(judge, images)
-    return dict(fd=fid.frechet_distance(*stats, *held_out), named=named)
+    """Of uint8 images (N, 3, 24, 24): fd, the Frechet distance from other shapes, and named."""
+    judge, (real_mean, real_covariance, _) = make_judge()
+    mean, covariance, named = judge_images(judge, images)
+    fd = fid.frechet_distance(mean, covariance, real_mean, real_covariance)
+    return dict(fd=fd, named=named)
 
 
 def score_npz(path: Path) -> dict:
-    """The same of images that sample.py wrote."""
-    return score(torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2))
+    """The score of images that sample.py wrote."""
+    images = torch.from_numpy(np.load(path)["arr_0"])  # (N, 24, 24, 3)
+    return score(images.permute(0, 3, 1, 2))
 
 
 def score_real(count: int) -> dict:
-    """The same of `count` real shapes, others still: what no method can beat but by chance."""
-    return score(ma.demo_shapes(24, 2 * SHAPES + count).tensors[0][2 * SHAPES :])
+    """The score of `count` more real shapes, which a method can beat by chance only."""
+    return score(other_shapes()[COUNT : COUNT + count])

@@ -1,6 +1,7 @@
-"""tests/effect.py: its judge can tell, its study goes on and ends in a table and a picture."""
+"""tests/effect.py: its judge can tell, its study continues, and ends in a table and a picture."""
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from math import sqrt
@@ -8,6 +9,7 @@ from math import sqrt
 import bands
 import effect
 import judge
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,89 +21,154 @@ COUNT = 64  # images
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """Two runs of four steps, of which the second was stopped after two."""
-    out = tmp_path_factory.mktemp("effect")
+def tiny_demo():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ma.SIZES, "demo", TINY)
-        patch.setattr(ma, "DEMO", ma.DEMO | dict(batch_size=8, preview_steps=1))
-        patch.setitem(effect.DRAW, "num", COUNT)
-        patch.setitem(effect.DRAW, "steps", 2)
-        half, whole = (Namespace(out=str(out), steps=steps) for steps in ([2], [4, 2]))
-        runs = [effect.make_run("sit", seed, whole) for seed in (0, 1)]
-        for planned in (effect.make_run("sit", 1, half), *runs):
-            effect.run(planned)
-        yield out, runs
+        patch.setattr(ma, "DEMO", ma.DEMO | dict(batch_size=8, teacher_steps=2))
+        patch.setitem(effect.SAMPLES, "num_images", COUNT)
+        patch.setitem(effect.SAMPLES, "steps", 2)
+        yield
 
 
-def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["effect.py", "--jobs=1", *map(str, argv)])
-    effect.main()
+@pytest.fixture(scope="module")
+def study(tiny_demo, tmp_path_factory):
+    """Two runs of four steps, which were judged at two. The second was started twice."""
+    args = Namespace(out=str(tmp_path_factory.mktemp("effect")), steps=[4, 2])
+    effect.run("reg", 1, Namespace(out=args.out, steps=[2]))
+    for seed in (0, 1):
+        effect.run("reg", seed, args)
+    return args
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs effect.py in this process, with one process for the runs."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["effect.py", "--jobs=1", *map(str, argv)])
+        effect.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+# ---- 1. The judge
 def test_the_judge_tells_real_shapes_from_noise_and_their_classes_from_each_other():
-    *_, rightly = judge.make_judge()
-    assert rightly > 99
-    real, noise = judge.score_real(COUNT), judge.score(torch.randint(256, (COUNT, 3, 24, 24)))
+    _, (_, _, correct) = judge.make_judge()
+    assert correct > 99
+    real = judge.score_real(COUNT)
+    noise = judge.score(torch.randint(256, (COUNT, 3, 24, 24)))
     assert real["named"] > 98 and noise["named"] < 40 and noise["fd"] > 20 * real["fd"]
-    shifted = ma.demo_shapes(24, 2 * judge.SHAPES).tensors[0][1 : COUNT + 1]
+    shifted = judge.other_shapes()[1 : COUNT + 1]
     assert judge.score(shifted)["named"] < 2
 
 
 def test_the_judge_saw_none_of_the_shapes_it_compares_with():
-    few, many = ma.demo_shapes(24).tensors[0], ma.demo_shapes(24, 2 * judge.SHAPES).tensors[0]
-    assert len(few) == judge.SHAPES  # what the demo and the judge are trained on
-    assert torch.equal(few, many[: len(few)])
+    demo = ma.demo_shapes(24)
+    assert len(demo) == judge.COUNT  # what the demo's teacher and the judge are trained on
+    images = [*demo.datasets["image"], *judge.other_shapes()]
+    assert len(images) == 3 * judge.COUNT
+    assert len({image.numpy().tobytes() for image in images}) == len(images)
 
 
+# ---- 2. A run
 @pytest.mark.parametrize("fork", effect.FORKS)
-def test_a_fork_is_a_method(fork, tmp_path):
-    """Before any test of `study`, whose small demo is too small for the forks."""
-    train, config, _ = effect.make_run(fork, 3, Namespace(out=str(tmp_path), steps=[2, 3]))
-    assert train.__module__ == f"forks.{fork}"
-    assert (config.method, config.seed, config.milestone_every) == (fork, 3, 1)
+def test_a_fork_is_a_method(fork):
+    train, kind = effect.load_method(fork)
+    assert train.__module__ == kind.__module__ == f"forks.{fork}"
+    assert ma.make_config(kind, method=fork, seed=3).method == fork
+    assert effect.load_method("reg") == (ma.train, ma.Config)
 
 
-def test_a_stopped_run_goes_on_and_counts_the_cpu_seconds_of_its_steps(study):
-    out, runs = study
-    _, config, files = runs[1]
-    assert list(files) == [2, 4] and all(file.exists() for file in files.values())
-    seconds = [float(line) for line in (out / "sit-1/cpu_s.txt").read_text().split()]
-    assert len(seconds) == 2 and min(seconds) > 0  # none for the first step of a process
-    assert ma.read_weights(f"{config.out}/latest.pt")["step"] == 4
+def test_a_run_that_was_started_twice_ends_as_one_long_run(study, tmp_path):
+    train, kind = effect.load_method("reg")
+    given = dict(method="reg", seed=1, steps=4, out=str(tmp_path), preview_steps=1)
+    train(ma.make_config(kind, **given))
+    long = torch.load(tmp_path / "latest.pt", weights_only=True)
+    folder = effect.run_folder("reg", 1, study)
+    for name in ("latest.pt", "step-0000004.pt"):
+        saved = torch.load(folder / name, weights_only=True)
+        assert saved["step"] == 4
+        for key, value in long["ema"].items():
+            assert torch.equal(saved["ema"][key], value)
+    assert torch.load(folder / "step-0000002.pt", weights_only=True)["step"] == 2
 
 
-def test_runs_that_are_there_are_only_judged(study, monkeypatch, capsys):
-    out, _ = study
-    monkeypatch.setattr(effect, "run", None)
-    command(monkeypatch, "--methods=sit", "--seeds=2", "--steps", 2, 4, f"--out={out}")
-    result = json.loads((out / "effect.json").read_text())
+def test_cpu_seconds_are_those_of_the_network_s_steps(study):
+    """Neither of the teacher's, nor from one start of train to the next."""
+    for seed in (0, 1):
+        text = (effect.run_folder("reg", seed, study) / "cpu_s.txt").read_text()
+        seconds = [float(line) for line in text.split()]
+        assert len(seconds) == 2 and min(seconds) > 0  # from step 1 to 2, and from 3 to 4
+
+
+def test_all_images_have_the_same_noise_and_labels_but_other_seeds_other_weights(study):
+    for seed, again in ((0, 1), (1, 0)):
+        folder = effect.run_folder("reg", seed, study)
+        with np.load(effect.images_file(folder, 4)) as file:
+            settings = json.loads(str(file["settings"]))
+            images = file["arr_0"]
+        assert images.shape == (COUNT, 24, 24, 3)
+        assert settings["labels"] == "balanced" and settings["cfg_scale"] == 1
+        assert settings["seed"] == 0 and not settings["raw"]
+        other = effect.images_file(effect.run_folder("reg", again, study), 4)
+        assert not np.array_equal(np.load(other)["arr_0"], images)
+
+
+def test_only_what_is_missing_is_done_again(study, tiny_demo, monkeypatch, tmp_path):
+    args = Namespace(out=str(tmp_path), steps=study.steps)
+    folder = effect.run_folder("reg", 0, args)
+    shutil.copytree(effect.run_folder("reg", 0, study), folder)
+    steps = []
+    train_to = effect.train_to
+    monkeypatch.setattr(effect, "train_to", lambda *args: steps.append(args[0]) or train_to(*args))
+    # As after a kill while images of step 2 are generated, and one before step 4 is copied.
+    for step, suffixes in ((2, [".npz"]), (4, [".npz", ".pt"])):
+        images = effect.images_file(folder, step)
+        before = np.load(images)["arr_0"]
+        for suffix in suffixes:
+            images.with_suffix(suffix).unlink()
+        assert not effect.is_complete("reg", 0, args)
+        effect.run("reg", 0, args)
+        assert effect.is_complete("reg", 0, args)
+        assert np.array_equal(np.load(images)["arr_0"], before)
+    assert steps == [4]
+
+
+def test_a_step_that_a_run_went_past_is_refused_in_one_sentence(study, tiny_demo):
+    args = Namespace(out=study.out, steps=[3])
+    with pytest.raises(AssertionError, match="latest.pt is of step 4, past 3: choose another"):
+        effect.run("reg", 0, args)
+
+
+# ---- 3. The study
+def test_runs_that_are_there_are_only_judged(study, monkeypatch, command):
+    waiting = []
+    monkeypatch.setattr(effect, "run_all", lambda runs, args: waiting.extend(runs))
+    shown = command("--methods=reg", "--seeds=2", "--steps", 2, 4, f"--out={study.out}")
+    assert not waiting
+    result = json.loads(effect.Path(study.out, "effect.json").read_text())
     places = [(p["method"], p["seed"], p["step"]) for p in result["points"]]
-    assert places == [("sit", seed, step) for seed in (0, 1) for step in (2, 4)]
+    assert places == [("reg", seed, step) for seed in (0, 1) for step in (2, 4)]
     assert all(p["fd"] > 0 and 0 <= p["named"] <= 100 for p in result["points"])
     half, whole = (p["cpu_s"] for p in result["points"][:2])
     assert whole == pytest.approx(2 * half) and half > 0
     assert "commit" in result["machines"][0]
-    assert Image.open(out / "effect.png").width == 800
-    assert "| `sit` |" in capsys.readouterr().out
+    assert Image.open(effect.Path(study.out, "effect.png")).width == 800
+    assert "| `reg` |" in shown
 
 
-def test_a_step_that_a_run_went_past_is_refused_in_one_sentence(study):
-    out, _ = study
-    planned = effect.make_run("sit", 0, Namespace(out=str(out), steps=[3]))
-    with pytest.raises(ma.BadInput, match="cannot draw step 3 of .*: name another --out"):
-        effect.run(planned)
-
-
-def test_one_seed_is_refused(monkeypatch):
-    with pytest.raises(SystemExit, match="seeds is 1: it must be 2 or above"):
-        command(monkeypatch, "--seeds=1")
+def test_one_seed_and_one_step_are_refused():
+    with pytest.raises(AssertionError, match="seeds is 1: a standard deviation needs 2 or more"):
+        effect.parse_args(["--seeds=1"])
+    with pytest.raises(AssertionError, match="to time a step needs 2 or more"):
+        effect.parse_args(["--steps=1"])
 
 
 def test_mean_and_standard_deviation_are_those_of_the_seeds():
-    rows = ((0, 1.0, 90.0), (1, 3.0, 92.0))
     points = [
-        dict(method="reg", seed=i, step=5, cpu_s=2.0, fd=fd, named=named) for i, fd, named in rows
+        dict(method="reg", seed=0, step=5, cpu_s=2.0, fd=1.0, named=90.0),
+        dict(method="reg", seed=1, step=5, cpu_s=2.0, fd=3.0, named=92.0),
     ]
     (row,) = bands.summarise(points)["reg"]
     assert row["fd"] == pytest.approx((2, sqrt(2))) and row["cpu_s"] == (2, 0)
