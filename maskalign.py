@@ -407,7 +407,7 @@ def train(
     names = tuple(dataset.classes)
     config = replace(config, num_classes=len(names), class_names=names)
     vae = build_vae(config, device)
-    build_teacher = build_teacher or load_teacher  # which is defined below, in section 7
+    build_teacher = build_teacher or load_teacher  # of section 7
     teacher = build_teacher(config, dataset, device)
     if teacher is not None:
         config = replace(config, z_dim=teacher.dim)
@@ -466,12 +466,10 @@ def train(
             history = []
             clock = time.time()
     if rank == 0:
-        print(f"Done. Generate more: python sample.py {config.out}/latest.pt")
+        print(f"Done. Generate more: python {config.sample_with} {config.out}/latest.pt")
 
 
 # ======== Part II: what the method needs ========
-
-
 # ---- 6. Settings
 def setting(default, help="", metavar="N", group=None):
     """A field of Config. With help it is a flag; group is a heading above it."""
@@ -523,10 +521,11 @@ class Config:
     save_every: int = setting(5000, "steps between checkpoints and pictures")
     preview_steps: int = setting(25, "sampler steps of the picture (ours)")
 
-    # Told by data and teacher
+    # Told by data, teacher or a fork
     num_classes: int = setting(1000)
     class_names: tuple = setting(())
     z_dim: int = setting(768)
+    sample_with: str = setting("sample.py")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -192,7 +192,7 @@ def test_the_sampling_command_of_its_docstring_shows_its_images(fork, tmp_path):
     assert status == 0 and (tmp_path / "grid.png").exists(), errors
     if own:  # of a network that sample.py does not know
         status, _, errors = Program("sample.py", *argv).end()
-        assert status == 1 and f"is for {script} sample alone" in errors
+        assert status == 1 and f"is for python {script} sample" in errors
 
 
 @pytest.mark.parametrize("size", maskalign.SIZES)

@@ -1,12 +1,10 @@
-"""sample.py: bytes that depend on (seed, index) alone, runs that go on, and published weights."""
+"""sample.py: images that depend on (seed, index) alone, runs that continue, published weights."""
 
 import argparse
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +17,8 @@ from torch import nn
 
 import maskalign
 import sample
-from maskalign import BadInput, Config, SiT, build_model, make_config, patchify
-from sample import euler_maruyama, euler_ode
+from maskalign import Config, SiT, make_config, patchify
+from sample import SAMPLERS, load_checkpoint
 
 TINY = dict(hidden_size=32, num_heads=2, depth=3, align_depth=2, projector_dim=16)
 
@@ -30,24 +28,25 @@ def checkpoint(tmp_path_factory):
     """A tiny run of ours: weights with values, as after training, and class names."""
     names = tuple(maskalign.SHAPES)
     config = make_config(**TINY, num_classes=8, z_dim=64, class_names=names)
-    path = tmp_path_factory.mktemp("run") / "latest.pt"
-    return save(build_model(config), config, path)
+    return save(config, tmp_path_factory.mktemp("run") / "latest.pt")
 
 
-def save(model, config, path):
+def save(config, path, build_model=SiT, **more):
     """A checkpoint as a run of maskalign.py writes it, with made-up weights."""
     generator = torch.Generator().manual_seed(0)
     state = {
         name: 0.2 * torch.randn(p.shape, generator=generator)
-        for name, p in model.state_dict().items()
+        for name, p in build_model(config).state_dict().items()
     }
     raw = {name: value + 0.05 for name, value in state.items()}
-    torch.save(dict(model=raw, ema=state, step=1, config=dataclasses.asdict(config)), path)
+    saved = dict(model=raw, ema=state, step=1, config=dataclasses.asdict(config) | more)
+    torch.save(saved, path)
     return path
 
 
 def run(checkpoint, *argv):
-    return sample.run(sample.parse_args([str(checkpoint), "--steps=2", *map(str, argv)]))
+    """The path that the command prints last."""
+    sample.main(argv=[str(checkpoint), "--steps=2", *map(str, argv)])
 
 
 def images_of(path):
@@ -55,253 +54,258 @@ def images_of(path):
         return data["arr_0"]
 
 
-def test_a_bare_checkpoint_gives_a_labelled_grid(checkpoint, capsys):
-    path = run(checkpoint)
-    assert path == checkpoint.with_name("grid.png") and str(path) in capsys.readouterr().out
+def many(checkpoint, out, *argv):
+    run(checkpoint, f"--out={out}", *argv)
+    return images_of(out)
+
+
+# ---- pictures
+
+
+def test_a_bare_checkpoint_gives_a_labelled_grid_and_prints_its_path_alone(checkpoint, capsys):
+    run(checkpoint)
+    path = checkpoint.with_name("grid.png")
+    assert capsys.readouterr().out == f"{path}\n"
     assert Image.open(path).size == (8 * 98 + 2 + 80, 8 * 98 + 2)
 
 
 def test_classes_are_chosen_by_number_or_name(checkpoint, tmp_path):
-    one = run(checkpoint, "--classes=7,star", "--per_class=3", f"--out={tmp_path}/a.png")
-    two = run(checkpoint, "--classes=heart, 3", "--per_class=3", f"--out={tmp_path}/b.png")
-    assert Image.open(one).size == (3 * 98 + 2 + 80, 2 * 98 + 2)
-    assert one.read_bytes() == two.read_bytes()
+    run(checkpoint, "--classes=7,flower", "--per_class=3", f"--out={tmp_path}/a.png")
+    run(checkpoint, "--classes=heart, 3", "--per_class=3", f"--out={tmp_path}/b.png")
+    assert Image.open(tmp_path / "a.png").size == (3 * 98 + 2 + 80, 2 * 98 + 2)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def labels_of(text, names=(), num_classes=8):
+    config = make_config(num_classes=num_classes, class_names=tuple(names))
+    return sample.parse_classes(text, config)
+
+
+def test_a_name_comes_before_a_number_and_may_have_commas():
+    folders = [str(k) for k in sorted(map(str, range(1, 12)))]  # 1, 10, 11, 2, 3, ...
+    assert labels_of("1", folders, 11) == [0] and labels_of("2,1", folders, 11) == [3, 0]
+    names = ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert labels_of("goldfish, Carassius auratus", names, 2) == [1]
+    assert labels_of("goldfish, Carassius auratus; tench, Tinca tinca", names, 2) == [1, 0]
+    with pytest.raises(AssertionError, match="dog"):
+        labels_of("dog", ["cat"], 1)
+    with pytest.raises(AssertionError, match="9"):
+        labels_of("9")
+
+
+def test_without_classes_all_are_shown_or_eight_of_many():
+    assert labels_of("", num_classes=10) == list(range(10)) and labels_of("", num_classes=1) == [0]
+    eight = labels_of("", num_classes=1000)
+    assert len(eight) == 8 and eight[0] == 0 and eight[-1] == 999 and eight == sorted(eight)
 
 
 def test_trajectory_starts_with_noise_and_ends_with_the_image(checkpoint, tmp_path):
-    film = run(
-        checkpoint, "--trajectory", "--classes=0,1", "--steps=9", f"--out={tmp_path}/film.png"
-    )
-    grid = run(
-        checkpoint, "--classes=0,1", "--per_class=1", "--steps=9", f"--out={tmp_path}/grid.png"
-    )
-    pixels, last = np.array(Image.open(film)), np.array(Image.open(grid))
-    assert pixels.shape == (2 * 98 + 2, 9 * 98 + 2 + 80, 3)
-    assert np.array_equal(pixels[:98, 82 + 8 * 98 : 82 + 8 * 98 + 96], last[:98, 82 : 82 + 96])
+    args = ("--classes=0,1", "--steps=12")
+    run(checkpoint, *args, "--trajectory", f"--out={tmp_path}/film.png")
+    run(checkpoint, *args, "--per_class=1", f"--out={tmp_path}/grid.png")
+    film, last = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("film", "grid"))
+    assert film.shape == (2 * 98 + 2, 11 * 98 + 2 + 80, 3)
+    end = slice(82 + 10 * 98, 82 + 10 * 98 + 96)
+    assert np.array_equal(film[:98, end], last[:98, 82 : 82 + 96])
+    assert film[2:98, 82 : 82 + 96].std() > 50  # noise
+    moving = Image.open(tmp_path / "film.gif")
+    assert moving.n_frames == 11 and moving.size == (98 + 2 + 80, 2 * 98 + 2)
+    moving.seek(10)
+    assert moving.info["duration"] >= 1000  # it rests at the end
 
 
-@pytest.mark.parametrize("sampler", ["sde", "ode", "heun"])
-def test_bytes_do_not_depend_on_the_batch_size(checkpoint, tmp_path, sampler):
-    options = ["--num=21", f"--sampler={sampler}", "--cfg_scale=2"]
-    files = [
-        run(checkpoint, *options, f"--batch_size={size}", f"--out={tmp_path}/{size}.npz")
-        for size in (1, 64)
-    ]
-    first, *others = map(images_of, files)
-    assert first.shape == (21, 24, 24, 3) and first.dtype == np.uint8 and len(np.unique(first)) > 50
-    assert all(np.array_equal(first, other) for other in others)
+def test_the_ode_hands_out_the_states_on_its_way(checkpoint):
+    model, config = load_checkpoint(checkpoint)
+    x, cls, states = torch.randn(2, 3, 24, 24), torch.randn(2, 64), []
+    out = sample.euler_ode(model, x, torch.tensor([0, 1]), cls, num_steps=5, states=states)
+    assert len(states) == 5 and torch.equal(states[0], x.double())
+    steps = [(b - a).abs().mean() for a, b in zip(states, [*states[1:], out], strict=True)]
+    assert all(step > 0 for step in steps)
 
 
-def test_bytes_do_not_depend_on_how_many_are_asked_for(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "SHARD", 5)  # shards that cut through groups
-    many = images_of(run(checkpoint, "--num=19", f"--out={tmp_path}/many.npz"))
-    monkeypatch.setattr(sample, "SHARD", 256)
-    few = images_of(run(checkpoint, "--num=11", f"--out={tmp_path}/few.npz"))
-    assert np.array_equal(many[:11], few)
-    other = images_of(run(checkpoint, "--num=11", "--seed=1", f"--out={tmp_path}/other.npz"))
-    assert not np.array_equal(few, other)
+# ---- many images
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_do_not_depend_on_the_batch_size_or_on_how_many_are_asked_for(
+    checkpoint, tmp_path, sampler
+):
+    options = [f"--sampler={sampler}", "--cfg_scale=2"]
+    few = many(checkpoint, tmp_path / "few.npz", "--num_images=7", *options, "--batch_size=2")
+    more = many(checkpoint, tmp_path / "more.npz", "--num_images=12", *options)
+    assert more.shape == (12, 24, 24, 3) and more.dtype == np.uint8 and len(np.unique(more)) > 50
+    difference = np.abs(few.astype(int) - more[:7])
+    assert difference.max() <= 1 and difference.mean() < 1e-3  # rounding
+    other = many(checkpoint, tmp_path / "other.npz", "--num_images=7", *options, "--seed=1")
+    assert np.abs(few.astype(int) - other).mean() > 5
 
 
 def test_two_processes_write_the_images_of_one(checkpoint, tmp_path):
-    """But for rounding: where each has fewer threads, sums differ with their number."""
-    one = run(checkpoint, "--num=260", f"--out={tmp_path}/one.npz")
-    argv = ["--steps=2", "--num_images=260", f"--out={tmp_path}/two.npz"]
+    one = many(checkpoint, tmp_path / "one.npz", "--num_images=40", "--batch_size=8")
+    argv = ["--steps=2", "--num_images=40", "--batch_size=8", f"--out={tmp_path}/two.npz"]
     ends = [rank.end() for rank in start_ranks(2, "sample.py", checkpoint, *argv)]
     assert [status for status, *_ in ends] == [0, 0], ends
-    difference = np.abs(images_of(one).astype(int) - images_of(tmp_path / "two.npz"))
+    difference = np.abs(one.astype(int) - images_of(tmp_path / "two.npz"))
     assert difference.max() <= 1 and difference.mean() < 1e-3
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "one.json",
-        "one.npz",
-        "two.json",
-        "two.npz",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
 
 
-def test_a_killed_run_goes_on_without_doing_finished_shards_again(
-    checkpoint, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sample, "SHARD", 8)
-    whole = images_of(run(checkpoint, "--num=24", f"--out={tmp_path}/whole.npz"))
-    calls, work = [], sample.in_batches
+def test_a_killed_run_continues_and_keeps_what_is_finished(checkpoint, tmp_path, monkeypatch):
+    flags = ("--num_images=24", "--batch_size=8")
+    whole = many(checkpoint, tmp_path / "whole.npz", *flags)
+    replace, written = os.replace, []
 
-    def count(*args):
-        calls.append(args[1])
-        if len(calls) == 2:
+    def killed(beside, path):
+        if len(written) == 1:  # in the second batch; the file beside is whole, but not renamed
             raise KeyboardInterrupt
-        return work(*args)
+        written.append(path)
+        replace(beside, path)
 
-    monkeypatch.setattr(sample, "in_batches", count)
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoint, "--num=24", f"--out={tmp_path}/cut.npz")
-    assert not (tmp_path / "cut.npz").exists()
-    assert np.array_equal(
-        images_of(run(checkpoint, "--num=24", f"--out={tmp_path}/cut.npz")), whole
-    )
-    assert calls == [0, 8, 8, 16] and not (tmp_path / "cut.npz.parts").exists()
-
-
-@pytest.fixture(scope="module")
-def whole(checkpoint, tmp_path_factory):
-    """The images of a run that nothing disturbed."""
-    return images_of(run(checkpoint, "--num=32", f"--out={tmp_path_factory.mktemp('x')}/x.npz"))
-
-
-@pytest.mark.parametrize("target", ["--out=x.npz", "--png=x"])
-@pytest.mark.parametrize("damaged", ["000001.raw", "protocol.json"])
-@pytest.mark.parametrize("left", [0, 40], ids=["empty", "truncated"])
-def test_what_was_cut_short_is_done_again(
-    target, damaged, left, checkpoint, whole, tmp_path, monkeypatch
-):
-    """The mark of a shard of PNG files is empty when it is whole."""
-    monkeypatch.setattr(sample, "SHARD", 16)
-    monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "finish", lambda *args: None)  # as a kill before it
-        run(checkpoint, "--num=32", target)
-    file = Path("x" if target == "--png=x" else "x.npz.parts", damaged)
-    content = file.read_bytes()
-    file.write_bytes(content[:left] if content else bytes(left))
-    done, draw = [], sample.in_batches
-    monkeypatch.setattr(sample, "in_batches", lambda *a: done.append(a[1]) or draw(*a))
-    path = run(checkpoint, "--num=32", target)
-    redone = [16] if damaged == "000001.raw" else [0, 16]
-    assert done == ([] if content == bytes(left) else redone)
-    assert not [*tmp_path.glob("*.parts"), *tmp_path.glob("x/*.raw")]
-    found = [np.array(Image.open(f)) for f in sorted(path.glob("*.png"))] or images_of(path)
-    assert np.array_equal(found, whole)
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            many(checkpoint, tmp_path / "cut.npz", *flags)
+    assert not (tmp_path / "cut.npz").exists()
+    made, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda job, i, y: made.append(i) or generate(job, i, y))
+    cut = many(checkpoint, tmp_path / "cut.npz", *flags)
+    assert np.array_equal(cut, whole) and made == [range(8, 16), range(16, 24)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.npz", "whole.npz"]
 
 
-@pytest.mark.parametrize(
-    "name, target",
-    [
-        ("package.json", "--out=package.npz"),
-        ("package.npz", "--out=package.npz"),
-        ("package.npz.parts/notes.txt", "--out=package.npz"),
-        ("x/protocol.json", "--png=x"),
-        ("x/samples.json", "--png=x"),
-        ("x/000000.png", "--png=x"),
-    ],
-)
-@pytest.mark.parametrize("content", ['{"name": "package"}', "hello"])
-def test_files_from_elsewhere_are_never_replaced(
-    name, target, content, checkpoint, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(content)
-    with pytest.raises(BadInput, match="name another") as caught:
-        run(checkpoint, "--num=8", target)
-    assert "\n" not in str(caught.value) and file.read_text() == content
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+def test_images_of_other_settings_never_mix(checkpoint, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
 
-
-def test_shards_of_other_settings_are_not_mixed_in(checkpoint, tmp_path, monkeypatch):
-    join = SimpleNamespace(ZipFile=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(sample, "zipfile", join)
-    with pytest.raises(KeyboardInterrupt):
-        run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
-    with pytest.raises(
-        BadInput, match="x.npz.parts holds other files, or images of other settings: name"
-    ):
-        run(checkpoint, "--num=8", "--cfg_scale=3", f"--out={tmp_path}/x.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "join", killed)
+        with pytest.raises(KeyboardInterrupt):
+            many(checkpoint, tmp_path / "x.npz", "--num_images=8", "--seed=1")
+    found = many(checkpoint, tmp_path / "x.npz", "--num_images=8")
+    assert np.array_equal(found, many(checkpoint, tmp_path / "y.npz", "--num_images=8"))
+    for other in ("--seed=1", "--cfg_scale=3", "--batch_size=4", "--steps=3", "--labels=balanced"):
+        with pytest.raises(AssertionError, match="x.npz has other settings"):
+            many(checkpoint, tmp_path / "x.npz", "--num_images=8", other)
+    assert np.array_equal(found, images_of(tmp_path / "x.npz"))
 
 
 def test_a_finished_run_is_not_done_again(checkpoint, tmp_path, monkeypatch):
-    for target in (f"--out={tmp_path}/x.npz", f"--png={tmp_path}/png"):
-        path = run(checkpoint, "--num=8", target)
-        with monkeypatch.context() as patch:
-            patch.setattr(sample, "in_batches", None)
-            assert run(checkpoint, "--num=8", target) == path
-    with pytest.raises(BadInput, match="png holds other files, or images of other settings"):
-        run(checkpoint, "--num=4", f"--png={tmp_path}/png")  # old files would stay among the new
+    first = many(checkpoint, tmp_path / "x.npz", "--num_images=8")
+    monkeypatch.setattr(sample, "generate", None)
+    assert np.array_equal(many(checkpoint, tmp_path / "x.npz", "--num_images=8"), first)
 
 
-def test_images_of_other_settings_are_never_passed_off_as_the_new_ones(
-    checkpoint, tmp_path, monkeypatch
-):
-    """A kill while the new npz is joined leaves the old one there, but no record of it."""
-    run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
-    join = SimpleNamespace(ZipFile=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    again = ("--num=8", "--seed=1", f"--out={tmp_path}/x.npz")
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "zipfile", join)
-        with pytest.raises(KeyboardInterrupt):
-            run(checkpoint, *again)
-    assert (tmp_path / "x.npz").exists() and not (tmp_path / "x.json").exists()
-    found = images_of(run(checkpoint, *again))
-    other = run(checkpoint, "--num=8", "--seed=1", f"--out={tmp_path}/other.npz")
-    assert np.array_equal(found, images_of(other))
+def test_settings_are_printed_and_stored_in_the_npz(checkpoint, tmp_path, capsys):
+    sample.main(argv=[str(checkpoint), "--num_images=3", "--steps=2", f"--out={tmp_path}/x.npz"])
+    with np.load(tmp_path / "x.npz") as file:
+        stored = json.loads(str(file["settings"]))
+    assert stored["sampler"] == "sde" and stored["cfg_scale"] == 1.0 and stored["vae"] == "none"
+    assert stored["steps"] == 2 and stored["labels"] == "random" and stored["num_images"] == 3
+    assert len(stored["checkpoint"]) == 16
+    shown = capsys.readouterr().out
+    assert str(stored) in shown
+
+
+def test_an_npz_is_read_by_numpy_and_has_the_format_of_adm(checkpoint, tmp_path):
+    """Stored, not compressed, so that it is read as a stream."""
+    import zipfile
+
+    many(checkpoint, tmp_path / "x.npz", "--num_images=5")
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        kinds = {info.filename: info.compress_type for info in archive.infolist()}
+    assert kinds == {"arr_0.npy": zipfile.ZIP_STORED, "settings.npy": zipfile.ZIP_STORED}
 
 
 def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_path):
-    seen, sampler = [], sample.SAMPLERS["sde"]
+    seen, sampler = [], SAMPLERS["sde"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            sample.SAMPLERS,
+            SAMPLERS,
             "sde",
             lambda m, x, y, *a, **k: seen.append(y.tolist()) or sampler(m, x, y, *a, **k),
         )
-        run(checkpoint, "--num=64", f"--out={tmp_path}/a.npz")
-        run(checkpoint, "--num=64", "--labels=balanced", f"--out={tmp_path}/b.npz")
-    labels = sum(seen, [])
-    random, balanced = labels[:64], labels[64:]
+        many(checkpoint, tmp_path / "a.npz", "--num_images=64")
+        many(checkpoint, tmp_path / "b.npz", "--num_images=64", "--labels=balanced")
+    random, balanced = seen
     assert balanced == [i % 8 for i in range(64)]
     assert set(random) == set(range(8)) and random != balanced
 
 
-def test_png_files_hold_the_same_images_as_the_npz(checkpoint, tmp_path):
-    images = images_of(run(checkpoint, "--num=10", f"--out={tmp_path}/x.npz"))
-    folder = run(checkpoint, "--num=10", f"--png={tmp_path}/png")
-    files = sorted(folder.glob("*.png"))
-    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
-    assert np.array_equal([np.array(Image.open(file)) for file in files], images)
-    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".png") == ["samples.json"]
+def test_defaults_are_a_quick_grid_and_the_papers_setting():
+    grid = sample.parse_args(["x"], SAMPLERS)
+    paper = sample.parse_args(["x", "--num_images=9"], SAMPLERS)
+    assert (grid.sampler, grid.steps) == ("ode", 25)
+    assert (paper.sampler, paper.steps) == ("sde", 250)
+    assert (paper.guidance_low, paper.guidance_high, paper.labels) == (0.0, 1.0, "random")
+    assert sample.parse_args(["x", "--sampler=heun", "--steps=7"], SAMPLERS).steps == 7
 
 
-def test_the_protocol_is_printed_and_stored(checkpoint, tmp_path, capsys):
-    run(checkpoint, "--num=8", f"--out={tmp_path}/x.npz")
-    stored = json.loads((tmp_path / "x.json").read_text())
-    assert stored["sampler"] == "sde" and stored["cfg_scale"] == 1.0 and stored["weights"] == "ema"
-    assert stored["precision"] == "float32" and len(stored["checkpoint"]) == 16
-    shown = capsys.readouterr().out
-    assert all(f"{name} {value}" in shown for name, value in stored.items())
+def scale_used(checkpoint, tmp_path, *argv):
+    used = []
+    own = dict(ode=lambda m, x, *a, **settings: used.append(settings["cfg_scale"]) or x)
+    sample.main(samplers=own, argv=[str(checkpoint), f"--out={tmp_path}/x.npz", *argv])
+    return used[0]
 
 
-def test_presets_are_those_of_the_help_and_typed_flags_win():
-    grid, fid = sample.parse_args(["x"]), sample.parse_args(["x", "--num=9"])
-    assert (grid.sampler, grid.steps, grid.cfg_scale) == ("ode", 25, 2.0)
-    assert (fid.sampler, fid.steps, fid.cfg_scale) == ("sde", 250, 1.0)  # as the papers
-    assert (fid.guidance_low, fid.guidance_high, fid.labels) == (0.0, 1.0, "random")
-    assert sample.parse_args(["x", "--sampler=heun", "--steps=7"]).steps == 7
+def test_a_grid_is_guided_and_the_papers_setting_is_not(checkpoint, tmp_path):
+    assert scale_used(checkpoint, tmp_path, "--num_images=1") == 1.0
+    run(checkpoint, f"--out={tmp_path}/x.png")
+    grid = ["--out=" + str(tmp_path / "grid.png"), "--per_class=1", "--classes=1"]
+    assert scale_used(checkpoint, tmp_path, *grid) == 2.0
 
 
-def test_ema_weights_are_the_default_and_raw_ones_on_request(checkpoint):
+def test_guidance_is_refused_where_no_null_class_was_trained(tmp_path):
+    """Also in a checkpoint of ours: its null row has its first values."""
+    config = make_config(**TINY, num_classes=8, z_dim=64, label_dropout=0.0)
+    path = save(config, tmp_path / "latest.pt")
+    run(path, "--per_class=1", f"--out={tmp_path}/x.png")  # by default without
+    for scale in (1.5, 0.5):
+        with pytest.raises(AssertionError, match=f"cfg_scale {scale}"):
+            run(path, f"--cfg_scale={scale}")
+
+
+def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    run("~/latest.pt", "--per_class=1", "--out=~/tilde.png")
+    assert (checkpoint.parent / "tilde.png").exists()
+
+
+# ---- checkpoints
+
+
+def test_the_averaged_weights_are_sampled_without_the_projector(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
-    for raw, kind in ((False, "ema"), (True, "model")):
-        model, _ = sample.load_checkpoint(str(checkpoint), raw)
-        assert all(
-            torch.equal(value, saved[kind][name]) for name, value in model.state_dict().items()
-        )
+    model, config = load_checkpoint(checkpoint)
+    assert config.align_coeff == 0.0 and model.projector is None and not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved["ema"][name])
+        assert not torch.equal(value, saved["model"][name])
 
 
-def published(case, path, wrap=True):
+@ids("forward/repa", without=["SiT-B"])
+def test_a_network_without_its_projector_gives_the_same_velocities(case, tmp_path):
+    torch.save(dict(ema=weights(case)), tmp_path / "repa.pt")
+    model, _ = load_checkpoint(tmp_path / "repa.pt", **told(case))
+    x = inputs(case)
+    v = model.double()(x["x"], x["t"], x["y"]).v
+    assert_golden(maskalign.unpatchify(v, 2), case, "velocity")
+
+
+def told(case):
+    """What the user tells of a small published file."""
+    c = case["config"]
+    settings = dict(size="SiT-S/2", image_size=8 * c["input_size"], patch_size=c["patch_size"])
+    settings |= dict(hidden_size=c["hidden_size"], depth=c["depth"], num_heads=c["num_heads"])
+    settings |= dict(align_depth=1, method=case["id"].split("/")[1].split("_")[0])
+    return settings | dict(z_dim=c["z_dims"][0] if "z_dims" in c else 768)
+
+
+def published(case, path, wrap=True, **args):
     """A file as REPA's and REG's trainers write it: ema, and a pickled argparse.Namespace."""
     state = weights(case)
-    torch.save(
-        (
-            dict(
-                ema={f"module.{k}": v for k, v in state.items()},
-                opt={},
-                steps=1,
-                args=argparse.Namespace(model="SiT"),
-            )
-            if wrap
-            else state
-        ),
-        path,
-    )
+    prefixed = {f"module._orig_mod.{k}": v for k, v in state.items()}
+    told = argparse.Namespace(**{"model": "SiT-XL/2", "path_type": "linear", **args})
+    torch.save(dict(ema=prefixed, opt={}, steps=1, args=told) if wrap else state, path)
     return path
 
 
@@ -311,7 +315,7 @@ def test_published_weights_give_the_official_samples_through_the_loader(
     case, wrap, tmp_path, monkeypatch
 ):
     path = published(case, tmp_path / "repa.pt", wrap)
-    model, config = sample.load_checkpoint(path, num_heads=6)
+    model, config = load_checkpoint(path, **told(case))
     model, x = model.double(), inputs(case)
     noises = [
         x[f"{name}.{i}"]
@@ -320,29 +324,35 @@ def test_published_weights_give_the_official_samples_through_the_loader(
         if f"{name}.{i}" in x
     ]
     replay(monkeypatch, noises)
-    sampler = euler_maruyama if "sde" in case["id"] else euler_ode
-    samples = sampler(
+    settings = dict(case["sampler_args"])
+    kind = "sde" if "sde" in case["id"] else "heun" if settings.pop("heun", False) else "ode"
+    samples = SAMPLERS[kind](
         model,
         x["latents"],
         x["y"],
         x.get("cls_latents"),
         num_steps=case["num_steps"],
-        **case["sampler_args"],
+        **settings,
     )
     assert_golden(samples, case, "samples")
     assert (config.num_classes, config.depth, config.image_size) == (1000, 2, 64)
-    assert config.class_token == ("reg" in case["id"]) and config.z_dim == 48
+    assert config.class_token == ("reg" in case["id"])
 
 
 @pytest.mark.golden
-def test_the_original_sit_runs_in_our_time_through_the_loader(tmp_path):
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_the_original_sit_runs_in_our_time_through_the_loader(learn_sigma, tmp_path):
     case = CASES["forward/sit_original_learn_sigma"]
-    torch.save(weights(case), tmp_path / "sit.pt")
-    model, config = sample.load_checkpoint(tmp_path / "sit.pt", num_heads=6)
+    state = weights(case)
+    if not learn_sigma:
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            state[name] = state[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)
+    torch.save(state, tmp_path / "sit.pt")
+    model, config = load_checkpoint(tmp_path / "sit.pt", **told(case))
     x = inputs(case)
     v = model.double()(x["x"], 1 - x["t"], x["y"]).v
     gold, found = case["outputs"]["velocity"], -maskalign.unpatchify(v, 2)
-    assert found.shape == tuple(gold["shape"]) and config.align_coeff == 0.0
+    assert found.shape == tuple(gold["shape"]) and config.method == "sit"
     values = found.flatten()[gold["idx"]]
     torch.testing.assert_close(
         values, torch.tensor(gold["val"], dtype=torch.float64), rtol=0, atol=2e-6
@@ -350,13 +360,56 @@ def test_the_original_sit_runs_in_our_time_through_the_loader(tmp_path):
     assert patchify(found, 2).shape == v.shape
 
 
-def test_sras_training_head_is_left_out(tmp_path):
+def test_sras_training_head_is_left_out_and_its_time_stays(tmp_path):
     case = CASES["loss/sra_linear"]
     torch.save({"ema": weights(case)}, tmp_path / "sra.pt")
-    model, config = sample.load_checkpoint(tmp_path / "sra.pt", num_heads=6)
-    assert not model.projectors and config.align_coeff == 0.0 and len(model.blocks) == 4
-    weight = dict(weights(case))["blocks.3.attn.qkv.weight"]
-    assert torch.equal(model.blocks[3].attn.qkv.weight.double(), weight.float().double())
+    model, _ = load_checkpoint(tmp_path / "sra.pt", **told(case))
+    for name in ("blocks.3.attn.qkv.weight", "t_embedder.mlp.0.weight"):
+        weight = dict(weights(case))[name]
+        assert torch.equal(model.state_dict()[name].double(), weight.float().double())
+    assert model.projector is None and len(model.blocks) == 4
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(prediction="noise"),
+        dict(prediction="score"),
+        dict(path_type="cosine"),
+        dict(path_type="VP"),
+        dict(model="DiT-XL/2"),
+    ],
+    ids=str,
+)
+def test_a_file_that_says_it_is_no_velocity_on_the_linear_path_is_refused(args, tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]
+    path = published(case, tmp_path / "x.pt", **args)
+    with pytest.raises(AssertionError, match=next(iter(args.values()))) as caught:
+        load_checkpoint(path, **told(case))
+    assert "\n" not in str(caught.value)
+    right = published(case, tmp_path / "x.pt", prediction="velocity", path_type="Linear")
+    load_checkpoint(right, **told(case))
+
+
+def test_a_label_table_without_a_null_row_has_all_its_classes_and_no_guidance(tmp_path):
+    case = dict(CASES["forward/sit_original_learn_sigma"])
+    path = published(case, tmp_path / "x.pt", num_classes=11)  # as many as there are rows
+    model, config = load_checkpoint(path, **told(case))
+    assert config.num_classes == 11 and config.label_dropout == 0.0
+    assert len(model.y_embedder.weight) == 12
+    last = weights(case)["y_embedder.embedding_table.weight"][-1]
+    assert torch.equal(model.y_embedder.weight[10].double(), last)
+    with_null = published(case, tmp_path / "y.pt", num_classes=10)
+    _, config = load_checkpoint(with_null, **told(case))
+    assert config.num_classes == 10 and config.label_dropout > 0
+
+
+def test_a_published_file_needs_to_be_told_its_size_and_method(tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]
+    path = published(case, tmp_path / "x.pt", wrap=False)
+    for given in (dict(), dict(size="SiT-S/2"), dict(method="sit")):
+        with pytest.raises(AssertionError, match="--size and --method"):
+            load_checkpoint(path, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,51 +421,25 @@ class ForkConfig(Config):
     levels: tuple = maskalign.setting(((1, 2), (3, 4)))
 
 
-def fork_file(path, projector, **changes):
-    """A checkpoint of a fork with another projector than REPA's, and its config."""
-    options = TINY | dict(num_classes=8, z_dim=64, class_names=tuple(maskalign.SHAPES)) | changes
-    config = make_config(ForkConfig, **options)
-    model = build_model(config)
-    model.projectors = nn.ModuleList(projector)
-    return save(model, config, path), config
+class OtherProjector(SiT):
+    """As iREPA: its projector is another one, which only training runs."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.projector = nn.Conv2d(32, 64, 3, padding=1)
 
 
-def repas_projector(hidden=16):
-    first = [nn.Linear(32, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()]
-    return nn.Sequential(*first, nn.Linear(hidden, 64))
+def test_a_fork_whose_network_is_a_sit_is_sampled_without_its_projector(tmp_path):
+    names = tuple(maskalign.SHAPES)
+    config = make_config(ForkConfig, **TINY, num_classes=8, z_dim=64, class_names=names)
+    path = save(config, tmp_path / "latest.pt", OtherProjector)
+    model, found = load_checkpoint(path)
+    assert type(found) is Config and found.method == "fork" and model.projector is None
+    run(path, "--classes=flower", "--per_class=1")
+    assert (tmp_path / "grid.png").exists()
 
 
-def test_a_fork_with_a_projector_as_repas_keeps_it(tmp_path):
-    """As HASTE: the network is REPA's, the config has more fields."""
-    path, _ = fork_file(tmp_path / "latest.pt", [repas_projector()], align_coeff=0.3)
-    model, config = sample.load_checkpoint(path)
-    assert type(config) is Config and config.method == "fork" and config.align_coeff == 0.3
-    saved = torch.load(path, weights_only=True)["ema"]
-    assert model.state_dict().keys() == saved.keys() and "projectors.0.4.weight" in saved
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "projector",
-    [
-        [nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 32))],  # SRA's
-        [nn.Conv2d(32, 64, 3, padding=1)],  # iREPA's
-        [repas_projector(hidden=24)],
-        [repas_projector(), repas_projector()],
-        [],
-    ],
-    ids=["two_layers", "convolution", "other_width", "two_teachers", "none"],
-)
-def test_a_fork_with_another_projector_is_drawn_without_it(projector, tmp_path):
-    path, _ = fork_file(tmp_path / "latest.pt", projector)
-    model, config = sample.load_checkpoint(path)
-    assert config.align_coeff == 0.0 and not model.projectors
-    saved = torch.load(path, weights_only=True)["ema"]
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-    assert run(path, "--classes=star", "--per_class=1") == tmp_path / "grid.png"
-
-
-def test_a_fork_draws_with_its_own_config_network_and_sampler(tmp_path, monkeypatch, capsys):
+def test_a_fork_samples_with_its_own_config_network_and_sampler(tmp_path):
     class Fork(SiT):
         def __init__(self, config):
             super().__init__(config)
@@ -425,103 +452,59 @@ def test_a_fork_draws_with_its_own_config_network_and_sampler(tmp_path, monkeypa
 
     names = tuple(maskalign.SHAPES)
     config = make_config(ForkConfig, **TINY, num_classes=8, class_names=names, z_dim=64, tau=7)
-    path, seen = save(Fork(config), config, tmp_path / "latest.pt"), []
-    with pytest.raises(BadInput, match="holds no SiT that fits: .*gain"):
-        sample.load_checkpoint(path)
-    model, config = sample.load_checkpoint(path, kind=ForkConfig, build_model=Fork)
-    assert type(config) is ForkConfig and config.levels == ((1, 2), (3, 4)) and model.projectors
-
-    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--num=3", f"--out={tmp_path}/x.npz"])
-    sample.main(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
-    assert seen == [(Fork, 7, (16, 3, 24, 24), 250)]
-    assert "method fork" in (shown := capsys.readouterr().out) and "sampler own" in shown
+    path, seen = save(config, tmp_path / "latest.pt", Fork), []
+    with pytest.raises(RuntimeError, match="gain"):
+        load_checkpoint(path)
+    model, config = load_checkpoint(path, kind=ForkConfig, build_model=Fork)
+    assert type(config) is ForkConfig and config.levels == ((1, 2), (3, 4))
+    fork = dict(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
+    sample.main(**fork, argv=[str(path), "--num_images=3", f"--out={tmp_path}/x.npz"])
+    assert seen == [(Fork, 7, (3, 3, 24, 24), 250)]
     assert (images_of(tmp_path / "x.npz") == 191).all()  # 1 in the latents is 0.5 in [-1, 1]
-    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--steps=0"])
-    with pytest.raises(SystemExit, match="^fork.py: steps is 0"):
-        sample.main(kind=ForkConfig, build_model=Fork, samplers=dict(own=own_sampler))
-    monkeypatch.setattr(sys, "argv", ["fork.py", str(path), "--sampler=sde"])
     with pytest.raises(SystemExit):
-        sample.main(samplers=dict(own=own_sampler))
-    assert "invalid choice: 'sde'" in capsys.readouterr().err
+        sample.main(**fork, argv=[str(path), "--sampler=sde"])
 
 
-def test_published_sizes_are_recognised_by_their_shapes(tmp_path):
-    config = make_config(data="x", size="SiT-S/2", method="maskalign", num_classes=10)
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in build_model(config).state_dict().items()}
-    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}  # a small file
-    torch.save(state, tmp_path / "bare.pt")
-    _, found = sample.load_checkpoint(tmp_path / "bare.pt")
-    same = (
-        "hidden_size",
-        "depth",
-        "num_heads",
-        "patch_size",
-        "align_depth",
-        "mixer_depth",
-        "class_token",
-        "num_classes",
-        "z_dim",
-        "projector_dim",
-        "image_size",
-        "vae",
-    )
-    assert all(getattr(found, name) == getattr(config, name) for name in same)
+def test_a_network_that_means_something_else_is_refused_without_its_fork(tmp_path):
+    """Its shapes are those of SiT, but it predicts x, say."""
 
+    @dataclasses.dataclass(frozen=True)
+    class Other(Config):
+        method: str = maskalign.setting("other")
+        sample_with: str = maskalign.setting("tests/forks/other.py sample")
 
-def test_repas_first_files_number_the_later_blocks_anew():
-    old = {"blocks.0.a": 0, "blocks.1.a": 1, "decoder_blocks.0.a": 2, "decoder_blocks.1.a": 3}
-    assert sample.merge_halves(old) == {f"blocks.{i}.a": i for i in range(4)}
+    config = make_config(Other, **TINY, num_classes=8, z_dim=64)
+    path = save(config, tmp_path / "latest.pt")
+    with pytest.raises(AssertionError, match="is for python tests/forks/other.py sample"):
+        load_checkpoint(path)
+    assert type(load_checkpoint(path, kind=Other)[1]) is Other
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content",
     [
-        ({"weight": torch.zeros(2)}, "holds no SiT that fits: name another"),
-        ({1: torch.zeros(2)}, "holds no SiT that fits: name another"),
-        ([1, 2], "holds no state dict|cannot read"),
-        ({"step": 1, "config": {}}, "holds no state dict"),
-        ({"ema": None, "model": {}}, "holds no state dict called ema"),
-        ({"model": {}, "config": {}}, "holds no state dict called ema"),
-        ({"ema": {}, "config": {"hidden_size": 32, "depth": 8}}, "holds no SiT that fits"),
-    ],
-)
-def test_a_file_of_another_kind_is_refused_with_one_sentence(content, message, tmp_path):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(BadInput, match=message) as caught:
-        sample.load_checkpoint(tmp_path / "x.pt")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ([], "'list' object has no"),
-        ("a", "'str' object has no"),
-        (dict(depth=-1), "depth is -1: it must be above 0"),
-        (dict(hidden_size="32"), "str"),
-        (dict(patch_size=2.0), "patch_size is 2.0"),
-        (dict(class_token=1), "class_token is 1"),
-        (dict(num_heads=0), "num_heads is 0: it must be above 0"),
-        (dict(num_heads=5), "num_heads is 5: it must be a divisor of 32"),
-        (dict(hidden_size=64), "size mismatch for pos_embed"),
-        (dict(image_size=25), "image_size is 25: it must be a multiple of 4"),
-        (dict(size=3), "size is 3"),
-        (dict(method=None), "method is None"),
-        (dict(class_names=("a", "b")), r"class_names are \('a', 'b'\)"),
-        (dict(class_names=tuple(range(8))), r"class_names are \(0, 1"),
-        (dict(class_names=7), "TypeError"),
-        (dict(mask_ratio=float("nan")), "mask_ratio is nan"),
+        {"weight": torch.zeros(2)},
+        [1, 2],
+        {"step": 1, "config": dict(hidden_size=8, depth=1, num_heads=2, align_depth=1)},
+        {"ema": None, "model": {}},
     ],
     ids=str,
 )
-def test_a_config_that_describes_no_network_is_one_sentence(changes, message, checkpoint, tmp_path):
-    saved = torch.load(checkpoint, weights_only=True)
-    saved["config"] = saved["config"] | changes if isinstance(changes, dict) else changes
-    torch.save(saved, tmp_path / "x.pt")
-    with pytest.raises(BadInput, match=f"holds no SiT that fits: .*{message}") as caught:
-        sample.load_checkpoint(tmp_path / "x.pt")
-    assert "\n" not in str(caught.value)
+def test_a_file_of_another_kind_is_an_error(content, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(Exception):  # noqa: B017, whose last line says what is missing
+        load_checkpoint(tmp_path / "x.pt", size="SiT-S/2", method="repa")
+
+
+def test_no_checkpoint_can_run_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"ema": Attack()}, tmp_path / "x.pt")
+    with pytest.raises(Exception):  # noqa: B017, torch's own
+        load_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e300])
@@ -530,65 +513,29 @@ def test_weights_that_are_not_finite_are_not_sampled(value, checkpoint, tmp_path
     bias = saved["ema"]["blocks.0.attn.proj.bias"].double()  # 1e300 is not finite in float32
     saved["ema"]["blocks.0.attn.proj.bias"] = bias.index_fill(0, torch.tensor(3), value)
     torch.save(saved, tmp_path / "x.pt")
-    with pytest.raises(BadInput, match="x.pt holds weights that are not finite: name an earlier"):
-        sample.load_checkpoint(tmp_path / "x.pt")
-    sample.load_checkpoint(tmp_path / "x.pt", raw=True)
+    with pytest.raises(AssertionError, match="x.pt has weights that are not finite"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--classes=9"], "unknown class '9': choose from 0 to 7, disc, square"),
-        (["--classes=dog"], "unknown class 'dog'"),
-        (["--steps=0"], "steps is 0"),
-        (["--png=x"], "png is x: it must be used with --num_images"),
-        (["--num=-1"], "num is -1"),
-        (["--num=8", "--out=x"], "out is x: it must be a name that ends with .npz"),
-        (["--out=x.npz"], "out is x.npz: it must be a name that ends with .png"),
-        (["--cfg_scale=0.5"], "cfg_scale is 0.5: it must be 1 .no guidance. or above"),
-        (["--guidance_low=nan"], "guidance_low is nan"),
-        (
-            ["--guidance_low=0.8", "--guidance_high=0.2"],
-            "guidance_low is 0.8: .* at most guidance_h",
-        ),
-        (["--guidance_high=1.5"], "both between 0 and 1"),
-        (["--num=8", "--classes=3"], "classes is 3: it must be used without --num_images"),
-        (["--num=8", "--per_class=3"], "per_class is 3: it must be used without --num_images"),
-        (["--num=8", "--trajectory"], "trajectory is True: it must be used without --num_images"),
-        (["--num=8", "--png=x", "--out=x.npz"], "out is x.npz: it must be used without --png"),
-        (["--trajectory", "--per_class=3"], "per_class is 3: it must be used for grids alone"),
-        (["--labels=balanced"], "labels is balanced: it must be used with --num_images"),
-        (["--out=.png"], "out is .png: it must be a name that ends with .png"),
-        (["--out="], "out is : it must be a name that ends with .png"),
-    ],
-)
-def test_bad_input_is_one_sentence(checkpoint, argv, message):
-    with pytest.raises(BadInput, match=message):
-        run(checkpoint, *argv)
+def test_files_in_half_precision_and_without_ema_are_read(tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]
+    state = {name: value.half() for name, value in weights(case).items()}
+    torch.save(state, tmp_path / "half.pt")
+    torch.save({"ema": {k: v.float() for k, v in state.items()}}, tmp_path / "full.pt")
+    half, _ = load_checkpoint(tmp_path / "half.pt", **told(case))
+    full, _ = load_checkpoint(tmp_path / "full.pt", **told(case))
+    name = "t_embedder.mlp.0.weight"  # which from_original_sit rounds to the type of the file
+    one, two = half.state_dict(), full.state_dict()
+    assert (one.pop(name) - two.pop(name)).abs().max() < 1e-3
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_a_full_disk_is_one_sentence_and_finished_shards_stay(
-    checkpoint, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sample, "SHARD", 8)
-    sync, saved = os.fsync, []
+def test_help_tells_what_the_numbers_with_guidance_are_of(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(argv=["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "SiT and DiT" in shown and "3 channels" in shown
 
-    def disk_full(file):
-        saved.append(1)
-        if len(saved) == 3:  # of the protocol and two shards
-            raise OSError(28, "No space left on device")
-        sync(file)
 
-    monkeypatch.setattr(os, "fsync", disk_full)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["sample.py", str(checkpoint), "--num=24", "--steps=2", f"--out={tmp_path}/x.npz"],
-    )
-    with pytest.raises(
-        SystemExit, match="cannot write: .*No space left on device; finished shards stay"
-    ):
-        sample.main()
-    assert (tmp_path / "x.npz.parts" / "000000.raw").exists()
-    sample.main()
-    assert len(images_of(tmp_path / "x.npz")) == 24
+def test_paths_are_paths(checkpoint):
+    assert load_checkpoint(str(checkpoint))[1] == load_checkpoint(Path(checkpoint))[1]

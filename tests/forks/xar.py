@@ -35,7 +35,7 @@ class Xar(maskalign.Config):
     mask_ratio: float = setting(0.0)
     align_coeff: float = setting(0.0)
     cells: int = setting(2, "cells per side of the image", group="this fork")
-    sample_with: str = setting("tests/forks/xar.py sample")  # for sample.py
+    sample_with: str = setting("tests/forks/xar.py sample")
 
     def __post_init__(self):
         side = self.latent_shape[1] // self.patch_size
