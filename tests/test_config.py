@@ -92,7 +92,7 @@ def help_of(capsys, **options):
 def test_every_field_with_a_help_text_is_a_flag(capsys):
     shown = help_of(capsys)
     for field in dataclasses.fields(Config):
-        derived = field.name in ("num_classes", "z_dim", "class_names")
+        derived = field.name in ("num_classes", "z_dim", "class_names", "sample_with")
         assert (f"--{field.name} " in shown.replace(",", " ")) != derived, field.name
     assert "weight of the alignment loss, lambda (Tab. 7) [0.5]" in shown
     assert "pulled towards the teacher's" in shown  # the docstring of the file
