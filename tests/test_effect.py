@@ -110,7 +110,7 @@ def test_all_images_have_the_same_noise_and_labels_but_other_seeds_other_weights
             images = file["arr_0"]
         assert images.shape == (COUNT, 24, 24, 3)
         assert settings["labels"] == "balanced" and settings["cfg_scale"] == 1
-        assert settings["seed"] == 0 and not settings["raw"]
+        assert settings["seed"] == 0
         other = effect.images_file(effect.run_folder("reg", again, study), 4)
         assert not np.array_equal(np.load(other)["arr_0"], images)
 
