@@ -8,30 +8,30 @@ does this for each patch. REG also feeds in DINOv2's class token, one vector for
 image, and denoises it with the patches. MaskAlign adds a mask: in training, most blocks
 see a random 75% of the tokens.
 
-A step takes 12% less time than REG's, and, the paper reports, fewer steps are needed. How
-can losing tokens help? In the paper, the alignment loss pulls hardest (by the norm of its
-gradient) at the same positions in image after image. It takes that as a sign that tokens
-adapt to each other, as units do in a network without dropout.
+In the paper, a step takes 12% less time than REG's, and fewer steps are needed. How can
+losing tokens help? With all of them, alignment pulls hardest (by the norm of its gradient)
+at the same positions in image after image. The paper takes that as a sign that tokens rely
+on each other, as units do without dropout. In a random subset they cannot.
 
-One training step (Sec. 5.1 of the paper):
+One training step:
   1. The teacher, DINOv2, reads the clean image and returns z: a class token, and a token
-     for each patch. A frozen autoencoder turns the image into x, a latent 1/8 its size.
-     (In the demo x is the image.)
+     for each patch. A frozen autoencoder turns the image into x, a latent of 1/8 its
+     height and width, which has as many patches. (In the demo x is the image.)
   2. x and the class token are mixed with normal noise, x_t = (1 - t) x + t noise, at a
      random time t: t = 0 is data, t = 1 is noise.
   3. x_t is cut into patches, a token each. All tokens pass two mixing blocks, ordinary
      transformer blocks, where each can take up what the others know.
   4. A random 25% of the patch tokens are dropped. The class token always stays.
-  5. The other blocks see only the kept tokens, and predict `noise - x`, the velocity of
-     x_t (section 3 tells why), for each. Dropped tokens are never predicted (Eq. 10).
+  5. The other blocks see the kept tokens, t and the image's label y. For each token they
+     predict its part of `noise - x`, the velocity of x_t (Eq. 10; section 3 tells why).
   6. After block `align_depth`, a projector maps the kept tokens to the teacher's width.
      The results are pulled towards the teacher's tokens (Eq. 11).
 So the class token goes in with noise, its velocity is predicted, and it is aligned. To
 generate images no teacher is needed and no token is dropped. The class token starts as
 noise, like x, and is thrown away at the end.
 
-  python maskalign.py                                        the demo: minutes on a laptop
-  torchrun --nproc_per_node=8 maskalign.py --data IMAGENET   the paper's run
+  python maskalign.py  # the demo: minutes on a laptop
+  torchrun --nproc_per_node=8 maskalign.py --data IMAGENET  # the paper's run
 
 Part I is the method. Part II is what it needs; skip it on a first reading. A fork (in
 tests/forks/) is a program that imports this file and passes its own functions to `train`.
@@ -65,18 +65,18 @@ from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, StackDataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import normalize, pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 
 # ======== Part I: the method ========
-# ---- 1. Building blocks of SiT (arXiv 2401.08740): DiT (2212.09748) with flow matching
+# ---- 1. Building blocks of SiT (arXiv 2401.08740): DiT (2212.09748) for velocities
 class TimestepEmbedder(nn.Module):
     """Times t (...) in [0, 1] -> vectors (..., D): cosines and sines, then an MLP.
 
     DiT made these for t up to 1000. SiT leaves t in [0, 1], where most cosines are nearly
-    constant and most sines nearly proportional to t. The MLP can still read t.
+    constant and most sines nearly proportional to t.
     """
 
     def __init__(self, width: int):
@@ -88,7 +88,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000.0) * i / 128)
         angles = t.float()[..., None] * frequencies  # (..., 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (..., 256)
-        # In bfloat16 close times look the same. To avoid that is our choice, not REPA's.
+        # Unlike REPA, not in bfloat16, where close times look the same.
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
@@ -105,11 +105,11 @@ def sincos_pos_embed(dim: int, side: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block: any number of tokens h (N, -, D), condition c (N, 1, D) -> h.
+    """A transformer block: any number of tokens h (N, any, D), condition c (N, 1, D).
 
     c comes from time and label. It scales and shifts what enters attention and MLP, and
-    gates what they add. All of that starts at zero (adaLN-Zero): a block is the identity,
-    and only its gates learn, since a gate of zero lets no gradient through.
+    gates what they add. All of that starts at zero (adaLN-Zero), so a block starts as the
+    identity. Its gates learn first: what a gate of zero multiplies gets no gradient.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -179,16 +179,16 @@ def gather_tokens(tokens: Tensor, ids_keep: Tensor | None, class_token=False) ->
     if class_token:  # it is the first token, and stays
         first = torch.zeros_like(ids_keep[:, :1])
         ids_keep = torch.cat([first, ids_keep + 1], dim=1)  # (N, 1+K)
-    images = torch.arange(len(tokens), device=tokens.device)[:, None]  # (N, 1)
-    return tokens[images, ids_keep]
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]  # (N, 1)
+    return tokens[rows, ids_keep]
 
 
-# What a network returns; extra is for what the losses of a fork need.
+# extra is for what forks return; here it is None.
 SiTOutput = namedtuple("SiTOutput", "v v_cls z_pred extra", defaults=[None])
 
 
 class SiT(nn.Module):
-    """SiT with class token (REG), mixing blocks, mask and projector (REPA)."""
+    """SiT, and if asked for, class token (REG), mixing blocks and projector (REPA)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -203,13 +203,13 @@ class SiT(nn.Module):
         # The input: a token for each patch, and one vector each for time and label.
         self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        # The last row is the null class. It replaces 10% of the labels in training, so that
-        # the network also learns velocities without label, for guidance.
+        # The last row is the null class. It replaces 10% of the labels in training, so the
+        # network also learns velocities without label, for guidance (section 4).
         self.y_embedder = nn.Embedding(config.num_classes + 1, width)
         positions = sincos_pos_embed(width, side // config.patch_size)
         if config.class_token:
             self.cls_embedder = nn.Linear(config.z_dim, width)
-            self.cls_norm = nn.LayerNorm(width, eps=1e-6)
+            self.cls_norm = nn.LayerNorm(width, eps=1e-6)  # as REG
             positions = torch.cat([torch.zeros(1, width), positions])
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
 
@@ -269,9 +269,9 @@ class SiT(nn.Module):
 
         cls (N, z_dim) is the noisy class token, ids_keep (N, K) the patches that enter the
         blocks. None, as in sampling, lets all enter: attention takes any number of tokens,
-        each knows its position, and in the paper images are better for it (Tab. 3).
-        Returns v (N, K, p*p*C), v_cls (N, z_dim), None without a class token, and z_pred
-        (N, [1+]K, z_dim), None outside of training.
+        and each knows its position. In the paper, images are better if the network was
+        trained with the mask than without (Tab. 3). Returns v (N, K, p*p*C), v_cls
+        (N, z_dim) or None without class token, and z_pred (N, [1+]K, z_dim) in training.
         """
         h, c = self.embed(x, t, y, cls)  # (N, [1+]T, D)
         h = gather_tokens(h, ids_keep, self.class_token)  # the mask: (N, [1+]K, D)
@@ -293,21 +293,23 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 # Why can a network that predicts velocities generate images?
 #   (a) The line x_t = (1 - t) x + t noise joins an image and some noise. A point that
-#       moves along it has the velocity noise - x. At t > 0 a line of every image, with
-#       some noise, passes any x_t. So (x_t, t) does not tell on which line a point is.
-#   (b) With a squared error, the network learns the mean velocity of all these lines.
-#   (c) Let points follow these means. A point does not stay on its line. But through any
-#       surface flow as many points as on the lines. So at each time they are distributed
-#       as the x_t are (continuity equation; Lipman et al., arXiv 2210.02747). Points that
-#       start as noise at t = 1 and go back arrive at t = 0 distributed as images are.
+#       moves along it has the velocity noise - x. For t > 0, lines from all images go
+#       through x_t, each with noise = (x_t - (1 - t) x) / t, be it probable or not. So
+#       x_t and t do not tell on which line a point is.
+#   (b) With a squared error, the network learns the mean velocity of all these lines,
+#       weighted by their probability.
+#   (c) Let points follow these means. A point does not stay on its line. But the net flow
+#       of points through a surface, density times mean velocity, is as before. So at each
+#       time they are distributed as the x_t are (continuity equation; Lipman et al., arXiv
+#       2210.02747): points that start as noise at t = 1 arrive as images at t = 0.
 # Means do not blur the images. At t = 1 the way back, -v, does point to the mean of all
-# images. But as t falls, fewer images are compatible with x_t, and their mean sharpens.
+# images. But as t falls, fewer images are probable, and their mean sharpens.
 def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> dict:
     """The losses of a batch, as scalars: loss (the weighted sum), denoise, cls, align.
 
     x (N, C, H, W) are clean latents, y (N,) labels, z (N, 1+T, z_dim) the tokens of the
-    teacher, class token first, or None. rng.rand, rng.randn are torch.rand and randn, but
-    the same for an image in any number of processes (section 10). ema is for forks.
+    teacher, class token first, or None. rng.rand and rng.randn are torch's, but do not
+    depend on the number of processes (section 10). ema is for forks.
     """
     n = len(x)
     t = rng.rand(n)
@@ -323,7 +325,7 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
     cls_t = None
     if config.class_token:
         # It has the t of x: in sampling, both start as noise and get clean together. Near
-        # t = 0 it nearly shows what it is aligned with, which REG accepts.
+        # t = 0 this input is nearly its own target of alignment, which REG accepts.
         cls = z[:, 0]  # (N, z_dim)
         cls_noise = rng.randn(*cls.shape)
         cls_t = add_noise(cls, cls_noise, t.view(-1, 1))
@@ -352,9 +354,9 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
 def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=None):
     """Velocities of x (N, C, H, W) and class token cls (N, z_dim) or None at time t.
 
-    Guidance (arXiv 2207.12598), a cfg_scale w > 1, is v_null + w (v - v_null). It goes
-    further towards the label y: images are more typical of it, and vary less. cls may have
-    its own scale. The model computes in dtype, the rest is float64.
+    Guidance (arXiv 2207.12598), a cfg_scale w > 1, is v_null + w (v - v_null), v_null
+    without label. It goes further towards the label: images are more typical of it, and
+    vary less. cls may have its own scale. The model computes in dtype, the rest is float64.
     """
     times = torch.full((len(x),), t, dtype=dtype, device=x.device)
     x = x.to(dtype)
@@ -375,10 +377,10 @@ def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=Non
 def euler_ode(
     model, x, y, cls=None, *, num_steps=50, cfg_scale=1.0, velocity=guided_velocity
 ) -> Tensor:
-    """Follows dx/dt = v, with all tokens: normal noise x (N, C, H, W) and cls (N, z_dim) or
-    None, labels y (N,) -> latents. The sampler of the papers is in sample.py."""
+    """Euler's method for dx/dt = v: normal noise x (N, C, H, W) and cls (N, z_dim) or None,
+    labels y (N,) -> latents. The papers' sampler, another one, is in sample.py."""
     dtype = x.dtype
-    x = x.double()  # in float32, rounding errors of many small steps would add up
+    x = x.double()  # as REPA
     cls = None if cls is None else cls.double()
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     for t, t_next in itertools.pairwise(times):
@@ -398,7 +400,7 @@ def train(
     To stop it, kill it. The same command continues from latest.pt, and ends with the
     weights of an undisturbed run (on a GPU, up to rounding).
     """
-    # ---- Processes: torchrun starts one per GPU
+    # ---- Processes: torchrun starts one per GPU, with rank 0 to world_size - 1
     rank, world_size, device = setup_distributed()
     assert config.batch_size % world_size == 0, f"batch_size is no multiple of {world_size}"
 
@@ -407,7 +409,7 @@ def train(
     names = tuple(dataset.classes)
     config = replace(config, num_classes=len(names), class_names=names)
     vae = build_vae(config, device)
-    build_teacher = build_teacher or load_teacher  # of section 7
+    build_teacher = build_teacher or load_teacher  # defined below
     teacher = build_teacher(config, dataset, device)
     if teacher is not None:
         config = replace(config, z_dim=teacher.dim)
@@ -418,8 +420,8 @@ def train(
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     update_ema = get_ema_multi_avg_fn(config.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0, fused=True)
-    parts = dict(model=model, ema=ema, optimizer=optimizer)
-    first_step = load_checkpoint(config, parts, rank, world_size)
+    kept = dict(model=model, ema=ema, optimizer=optimizer)
+    first_step = load_checkpoint(config, kept, rank, world_size)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         print(
@@ -459,7 +461,7 @@ def train(
         if saves or done % config.log_every == 0:
             write_log(config, done, history, clock, rank, world_size)
             if saves and rank == 0:
-                saved = {name: part.state_dict() for name, part in parts.items()}
+                saved = {name: part.state_dict() for name, part in kept.items()}
                 saved |= dict(step=done, config=asdict(config))
                 save_file(saved, f"{config.out}/latest.pt")
                 preview(config, done, ema, vae, sampler, device)
@@ -485,7 +487,7 @@ class Config:
     size: str = setting("SiT-XL/2", "row of SIZES", metavar=None)
     out: str = setting("", "run folder (default: runs/METHOD-SIZE)", "DIR")
     steps: int = setting(400_000, "train until this step")
-    seed: int = setting(0, "of all random numbers, not of a GPU's rounding")
+    seed: int = setting(0, "random seed; on a GPU, rounding differs")
 
     label_dropout: float = setting(0.1, "share of null labels (Tab. 7)", group="method")
     class_token: bool = setting(True, "also denoise a class token (REG)")
@@ -502,9 +504,9 @@ class Config:
     projector_dim: int = setting(2048, "hidden width of the projector (REPA)")
 
     image_size: int = setting(256, "pixels per side, after cropping (REPA)", group="data")
-    vae: str = setting("stabilityai/sd-vae-ft-ema", "SD-VAE: hub, file, or none", "NAME")
+    vae: str = setting("stabilityai/sd-vae-ft-ema", "SD-VAE: hub name, file, or none", "NAME")
     vae_scale: float = setting(0.18215, "factor of the latents (SD-VAE)")
-    teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "timm, or classifier", "NAME")
+    teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "timm's, or classifier", "NAME")
     teacher_weights: str = setting("", "file of timm or Meta (default: hub)", "FILE")
     teacher_steps: int = setting(500, "steps of a classifier (ours)")
     cache: str = setting("", "folder for latents (default: DATA-latents)", "DIR")
@@ -551,7 +553,7 @@ METHODS = {  # of the papers; the last three from Tab. 1 and 3
     "maskalign-no-mixing": dict(mixer_depth=0),
     "maskalign-no-masking": dict(mask_ratio=0.0),
 }
-# Without --data: rendered shapes, learned in minutes. All values are ours.
+# Without --data: rendered shapes, learned in minutes.
 DEMO = dict(size="demo", image_size=24, patch_size=4, vae="none", teacher="classifier", workers=0)
 DEMO |= dict(batch_size=32, steps=2000, lr=3e-3, ema_decay=0.99, save_every=500)
 
@@ -560,7 +562,7 @@ def make_config(kind: type = Config, **given) -> Config:
     """A config of this kind. The first of these that names a setting decides it:
 
     1. given, as the flags of the command line
-    2. rows of METHODS and SIZES, as given or by default
+    2. the rows of METHODS and SIZES
     3. DEMO, unless data is given
     4. the defaults of kind
     """
@@ -569,16 +571,15 @@ def make_config(kind: type = Config, **given) -> Config:
     demo = {} if given.get("data") else DEMO
     asked = dict(method=kind.method, size=kind.size) | demo | given
     sizes = getattr(kind, "sizes", SIZES)  # a fork may have sizes of its own
-    values = demo | sizes[asked["size"]]
-    if asked["method"] != kind.method:  # the defaults are that one's row
-        values |= METHODS[asked["method"]]
-    c = kind(**(values | given))
+    methods = {kind.method: {}} | METHODS  # the method of a fork is its defaults
+    rows = sizes[asked["size"]] | methods[asked["method"]]
+    c = kind(**(demo | rows | given))
     out = c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2")
     cache = c.cache or c.data.rstrip("/") + "-latents"
     unit = c.patch_size * (1 if c.vae == "none" else 8)
     assert c.image_size % unit == 0, f"image_size {c.image_size} is no multiple of {unit}"
     assert 1 <= c.align_depth <= c.depth, f"align_depth {c.align_depth} of {c.depth} blocks"
-    unit = math.lcm(4, c.num_heads)
+    unit = math.lcm(4, c.num_heads)  # 4 for sincos_pos_embed
     assert c.hidden_size % unit == 0, f"hidden_size {c.hidden_size} is no multiple of {unit}"
     assert 0 <= c.mask_ratio < 1, f"mask_ratio {c.mask_ratio} is not in [0, 1)"
     return replace(c, out=out, cache=cache)
@@ -620,15 +621,15 @@ class ViTTeacher(nn.Module):
         super().__init__()
         self.vit = vit
         self.dim = vit.num_features
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.mean = mean
+        self.std = std
 
     def forward(self, images):
-        x = images.to(self.mean.dtype) / 255
-        x = (x - self.mean) / self.std  # before resizing, as REPA
+        x = images.to(self.vit.cls_token.dtype) / 255
+        x = normalize(x, self.mean, self.std)  # before resizing, as REPA
         x = F.interpolate(x, self.vit.patch_embed.img_size, mode="bicubic")
         tokens = self.vit.forward_features(x)
-        patches = tokens[:, self.vit.num_prefix_tokens :]  # leaves out register tokens
+        patches = tokens[:, self.vit.num_prefix_tokens :]
         return torch.cat([tokens[:, :1], patches], dim=1).to(x.dtype)
 
 
@@ -639,8 +640,8 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
     side = config.latent_shape[1] // config.patch_size
     if config.teacher == "classifier":
         return train_classifier(config, dataset, side).to(device)
-    # timm reads its own names and Meta's. It refuses a DINOv2 that lacks a tensor, but not
-    # a ViT that was published as a classifier.
+    # timm reads its own names of weights and Meta's. A DINOv2 that lacks one is an error.
+    # A ViT that was published as a classifier is not: its file has to be trusted.
     how = dict(pretrained=True, num_classes=0)
     if config.teacher_weights:
         how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
@@ -661,7 +662,7 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
     teacher = ViTTeacher(vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so all processes get the same sums and the same teacher
+    torch.set_num_threads(1)  # so all processes get the same teacher
     for _ in tqdm(range(config.teacher_steps), "training the teacher", disable=None):
         ids = torch.randint(len(dataset), (64,)).tolist()
         batch = default_collate([dataset[i] for i in ids])
@@ -676,7 +677,7 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
 
 # ---- 8. Latents
 def build_vae(config: Config, device):
-    """The frozen SD-VAE, in float32 or TF32, or None where x is the image itself."""
+    """The frozen SD-VAE, which leaves autocast, or None where x is the image itself."""
     if config.vae == "none":
         return None
     from sample import load_vae  # here, as it imports this file
@@ -691,7 +692,7 @@ def decode_latents(vae, x: Tensor) -> Tensor:
 
 
 def latent_file(config: Config, path: str) -> str:
-    """The file for mean and std of an image. Its name depends on all that they do."""
+    """The file for an image's mean and std. Its name is a hash of what decides them."""
     key = [os.path.relpath(path, config.data), config.image_size, config.vae]
     for file in filter(os.path.exists, (path, config.vae)):
         key += [os.path.getsize(file), os.path.getmtime(file)]
@@ -705,8 +706,8 @@ def prepare_batch(batch: dict, rng: StepRng, vae, teacher):
     y = batch["label"].to(rng.device, non_blocking=True)
     z = None if teacher is None else teacher(images)
     if vae is None:
-        return 2 * (images / 127.5 - 1), y, z  # the variance is about 1, as for latents
-    # What is kept are mean and std, from which x is drawn anew each time.
+        return 2 * (images / 127.5 - 1), y, z  # variance about 1, as noise has
+    # The VAE gives a normal distribution. Mean and std are kept, x is drawn anew.
     mean_std = batch["mean_std"]  # (N, 2C, h, w), NaN where there is no file yet
     missing = mean_std.isnan().flatten(1).any(dim=1)
     if missing.any():
@@ -845,7 +846,7 @@ def setup_distributed() -> tuple:
 
 
 def seeded(device, *key) -> torch.Generator:
-    """A random generator that the key decides, so no state has to be saved."""
+    """A random generator seeded by a hash of key, so no state has to be saved."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -876,21 +877,21 @@ def save_file(value, path: str) -> None:
     os.replace(beside, path)
 
 
-def load_checkpoint(config: Config, parts: dict, rank, world_size) -> int:
+def load_checkpoint(config: Config, kept: dict, rank, world_size) -> int:
     """Loads latest.pt of the run folder, if it is there. Returns its step, or 0."""
     path = f"{config.out}/latest.pt"
     step = 0
     if os.path.exists(path):
         saved = torch.load(path, map_location="cpu")
         step = saved["step"]
-        for name, part in parts.items():
+        for name, part in kept.items():
             part.load_state_dict(saved[name])
-        parts["optimizer"].param_groups[0]["lr"] = config.lr  # not the saved one
+        kept["optimizer"].param_groups[0]["lr"] = config.lr  # not the saved one
         for name, new in asdict(config).items():
             old = saved["config"].get(name)
             if old != new and rank == 0:
                 print(f"changed since then: {name} {old} -> {new}")
-    found = [step] * world_size  # by each process
+    found = [step] * world_size  # becomes the step of each process
     if world_size > 1:
         dist.all_gather_object(found, step)
     assert len(set(found)) == 1, f"steps {found} in {path}, which all must share"
