@@ -11,12 +11,12 @@ see a random 75% of the tokens.
 In the paper, a step takes 12% less time than REG's, and fewer steps are needed. How can
 losing tokens help? With all of them, alignment pulls hardest (by the norm of its gradient)
 at the same positions in image after image. The paper takes that as a sign that tokens rely
-on each other, as units do without dropout. In a random subset they cannot.
+on each other, as units do without dropout. A random subset makes that unreliable.
 
 One training step:
   1. The teacher, DINOv2, reads the clean image and returns z: a class token, and a token
      for each patch. A frozen autoencoder turns the image into x, a latent of 1/8 its
-     height and width, which has as many patches. (In the demo x is the image.)
+     height and width, cut into as many patches. (In the demo x is the image.)
   2. x and the class token are mixed with normal noise, x_t = (1 - t) x + t noise, at a
      random time t: t = 0 is data, t = 1 is noise.
   3. x_t is cut into patches, a token each. All tokens pass two mixing blocks, ordinary
@@ -75,8 +75,8 @@ from tqdm import tqdm
 class TimestepEmbedder(nn.Module):
     """Times t (...) in [0, 1] -> vectors (..., D): cosines and sines, then an MLP.
 
-    DiT made these for t up to 1000. SiT leaves t in [0, 1], where most cosines are nearly
-    constant and most sines nearly proportional to t.
+    DiT made these for t up to 1000. As SiT, we leave t in [0, 1], where most cosines are
+    nearly constant and most sines nearly proportional to t.
     """
 
     def __init__(self, width: int):
@@ -108,8 +108,8 @@ class Block(nn.Module):
     """A transformer block: any number of tokens h (N, any, D), condition c (N, 1, D).
 
     c comes from time and label. It scales and shifts what enters attention and MLP, and
-    gates what they add. All of that starts at zero (adaLN-Zero), so a block starts as the
-    identity. Its gates learn first: what a gate of zero multiplies gets no gradient.
+    gates what they add. SiT sets all of that to zero at first (adaLN-Zero), so that a block
+    starts as the identity.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -196,17 +196,17 @@ class SiT(nn.Module):
         self.num_classes = config.num_classes
         self.class_token = config.class_token
         self.align_depth = config.align_depth
-        channels, side, _ = config.latent_shape
+        channels, pixels, _ = config.latent_shape
         width = config.hidden_size
         heads = config.num_heads
 
         # The input: a token for each patch, and one vector each for time and label.
-        self.x_embedder = PatchEmbed(side, config.patch_size, channels, width)
+        self.x_embedder = PatchEmbed(pixels, config.patch_size, channels, width)
         self.t_embedder = TimestepEmbedder(width)
         # The last row is the null class. It replaces 10% of the labels in training, so the
         # network also learns velocities without label, for guidance (section 4).
         self.y_embedder = nn.Embedding(config.num_classes + 1, width)
-        positions = sincos_pos_embed(width, side // config.patch_size)
+        positions = sincos_pos_embed(width, pixels // config.patch_size)
         if config.class_token:
             self.cls_embedder = nn.Linear(config.z_dim, width)
             self.cls_norm = nn.LayerNorm(width, eps=1e-6)  # as REG
@@ -258,8 +258,8 @@ class SiT(nn.Module):
             h = torch.cat([first[:, None], h], dim=1)  # (N, 1+T, D)
         # Positions are added before the mask, so a kept token knows where it belongs.
         h = h + self.pos_embed
-        # Mixing comes before it, too. The teacher's tokens know the whole image. A kept
-        # token can only match them if it has seen those that will be dropped.
+        # Mixing comes before it, too. The teacher's tokens know the whole image. Kept ones
+        # match them better if they saw those to be dropped. Later blocks do without.
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -293,15 +293,15 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 # Why can a network that predicts velocities generate images?
 #   (a) The line x_t = (1 - t) x + t noise joins an image and some noise. A point that
-#       moves along it has the velocity noise - x. For t > 0, lines from all images go
-#       through x_t, each with noise = (x_t - (1 - t) x) / t, be it probable or not. So
-#       x_t and t do not tell on which line a point is.
+#       moves along it has the velocity noise - x. For t > 0, every image x has a noise
+#       that gives this x_t: (x_t - (1 - t) x) / t, be it probable or not. So x_t and t do
+#       not tell on which line a point is.
 #   (b) With a squared error, the network learns the mean velocity of all these lines,
 #       weighted by their probability.
 #   (c) Let points follow these means. A point does not stay on its line. But the net flow
-#       of points through a surface, density times mean velocity, is as before. So at each
-#       time they are distributed as the x_t are (continuity equation; Lipman et al., arXiv
-#       2210.02747): points that start as noise at t = 1 arrive as images at t = 0.
+#       through a surface, density times mean velocity, is as if all points did. As their
+#       distributions start alike, they stay alike (continuity equation; Lipman et al.,
+#       arXiv 2210.02747): points that start as noise at t = 1 arrive as images at t = 0.
 # Means do not blur the images. At t = 1 the way back, -v, does point to the mean of all
 # images. But as t falls, fewer images are probable, and their mean sharpens.
 def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> dict:
@@ -325,7 +325,7 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
     cls_t = None
     if config.class_token:
         # It has the t of x: in sampling, both start as noise and get clean together. Near
-        # t = 0 this input is nearly its own target of alignment, which REG accepts.
+        # t = 0, cls_t nearly is the target of its own alignment, as in REG.
         cls = z[:, 0]  # (N, z_dim)
         cls_noise = rng.randn(*cls.shape)
         cls_t = add_noise(cls, cls_noise, t.view(-1, 1))
@@ -354,9 +354,9 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
 def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=None):
     """Velocities of x (N, C, H, W) and class token cls (N, z_dim) or None at time t.
 
-    Guidance (arXiv 2207.12598), a cfg_scale w > 1, is v_null + w (v - v_null), v_null
-    without label. It goes further towards the label: images are more typical of it, and
-    vary less. cls may have its own scale. The model computes in dtype, the rest is float64.
+    Classifier-free guidance (CFG, arXiv 2207.12598), a cfg_scale w > 1, is v_null +
+    w (v - v_null), v_null without label. Images are more typical of the label, and vary
+    less. cls may have its own scale. The model computes in dtype, the rest is float64.
     """
     times = torch.full((len(x),), t, dtype=dtype, device=x.device)
     x = x.to(dtype)
@@ -380,7 +380,7 @@ def euler_ode(
     """Euler's method for dx/dt = v: normal noise x (N, C, H, W) and cls (N, z_dim) or None,
     labels y (N,) -> latents. The papers' sampler, another one, is in sample.py."""
     dtype = x.dtype
-    x = x.double()  # as REPA
+    x = x.double()
     cls = None if cls is None else cls.double()
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
     for t, t_next in itertools.pairwise(times):
@@ -420,8 +420,8 @@ def train(
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     update_ema = get_ema_multi_avg_fn(config.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=0, fused=True)
-    kept = dict(model=model, ema=ema, optimizer=optimizer)
-    first_step = load_checkpoint(config, kept, rank, world_size)
+    stateful = dict(model=model, ema=ema, optimizer=optimizer)
+    first_step = load_checkpoint(config, stateful, rank, world_size)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         print(
@@ -452,7 +452,7 @@ def train(
         terms["loss"].backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
-        update_ema(list(ema.parameters()), list(model.parameters()), None)
+        update_ema(list(ema.parameters()), list(model.parameters()), None)  # None: unused
         terms["grad_norm"] = grad_norm
         history.append({name: value.detach() for name, value in terms.items()})
 
@@ -461,7 +461,7 @@ def train(
         if saves or done % config.log_every == 0:
             write_log(config, done, history, clock, rank, world_size)
             if saves and rank == 0:
-                saved = {name: part.state_dict() for name, part in kept.items()}
+                saved = {name: part.state_dict() for name, part in stateful.items()}
                 saved |= dict(step=done, config=asdict(config))
                 save_file(saved, f"{config.out}/latest.pt")
                 preview(config, done, ema, vae, sampler, device)
@@ -571,7 +571,7 @@ def make_config(kind: type = Config, **given) -> Config:
     demo = {} if given.get("data") else DEMO
     asked = dict(method=kind.method, size=kind.size) | demo | given
     sizes = getattr(kind, "sizes", SIZES)  # a fork may have sizes of its own
-    methods = {kind.method: {}} | METHODS  # the method of a fork is its defaults
+    methods = {kind.method: {}} | METHODS  # the own method of a fork has no row
     rows = sizes[asked["size"]] | methods[asked["method"]]
     c = kind(**(demo | rows | given))
     out = c.out or f"runs/{c.method}-{c.size}".replace("/2", "-2")
@@ -629,7 +629,7 @@ class ViTTeacher(nn.Module):
         x = normalize(x, self.mean, self.std)  # before resizing, as REPA
         x = F.interpolate(x, self.vit.patch_embed.img_size, mode="bicubic")
         tokens = self.vit.forward_features(x)
-        patches = tokens[:, self.vit.num_prefix_tokens :]
+        patches = tokens[:, self.vit.num_prefix_tokens :]  # without registers
         return torch.cat([tokens[:, :1], patches], dim=1).to(x.dtype)
 
 
@@ -640,8 +640,8 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
     side = config.latent_shape[1] // config.patch_size
     if config.teacher == "classifier":
         return train_classifier(config, dataset, side).to(device)
-    # timm reads its own names of weights and Meta's. A DINOv2 that lacks one is an error.
-    # A ViT that was published as a classifier is not: its file has to be trusted.
+    # timm reads Meta's names of weights, too. If one is missing, it says so for DINOv2, but
+    # not for a ViT that was published as a classifier.
     how = dict(pretrained=True, num_classes=0)
     if config.teacher_weights:
         how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
@@ -662,7 +662,7 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
     teacher = ViTTeacher(vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so all processes get the same teacher
+    torch.set_num_threads(1)  # same rounding, so same teacher, in all processes
     for _ in tqdm(range(config.teacher_steps), "training the teacher", disable=None):
         ids = torch.randint(len(dataset), (64,)).tolist()
         batch = default_collate([dataset[i] for i in ids])
@@ -677,7 +677,7 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
 
 # ---- 8. Latents
 def build_vae(config: Config, device):
-    """The frozen SD-VAE, which leaves autocast, or None where x is the image itself."""
+    """The frozen SD-VAE, in float32 (TF32 on a GPU), or None where x is the image."""
     if config.vae == "none":
         return None
     from sample import load_vae  # here, as it imports this file
@@ -692,7 +692,7 @@ def decode_latents(vae, x: Tensor) -> Tensor:
 
 
 def latent_file(config: Config, path: str) -> str:
-    """The file for an image's mean and std. Its name is a hash of what decides them."""
+    """The file for the latent of an image. Its name is a hash of what decides it."""
     key = [os.path.relpath(path, config.data), config.image_size, config.vae]
     for file in filter(os.path.exists, (path, config.vae)):
         key += [os.path.getsize(file), os.path.getmtime(file)]
@@ -787,7 +787,7 @@ class FolderImages(Dataset):
         if any(root.glob("train/[!.]*/")):
             root = root / "train"
         lists = [*root.glob("dataset.json"), *root.glob("*/dataset.json")]
-        assert not lists, f"{lists[0]} is not read: make class folders"
+        assert not lists, f"labels in {lists[0]} are not read: make class folders"
         found = {folder.name: list_images(folder) for folder in sorted(root.glob("[!.]*/"))}
         empty = [name for name, paths in found.items() if not paths]
         assert found and not empty, f"{root} has no classes, or classes without images: {empty}"
@@ -877,16 +877,16 @@ def save_file(value, path: str) -> None:
     os.replace(beside, path)
 
 
-def load_checkpoint(config: Config, kept: dict, rank, world_size) -> int:
+def load_checkpoint(config: Config, stateful: dict, rank, world_size) -> int:
     """Loads latest.pt of the run folder, if it is there. Returns its step, or 0."""
     path = f"{config.out}/latest.pt"
     step = 0
     if os.path.exists(path):
         saved = torch.load(path, map_location="cpu")
         step = saved["step"]
-        for name, part in kept.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
-        kept["optimizer"].param_groups[0]["lr"] = config.lr  # not the saved one
+        stateful["optimizer"].param_groups[0]["lr"] = config.lr  # not the saved one
         for name, new in asdict(config).items():
             old = saved["config"].get(name)
             if old != new and rank == 0:
