@@ -11,7 +11,8 @@ from maskalign import SiT, make_config, sincos_pos_embed
 from sample import from_official
 
 HERE = Path(__file__).parent
-GOLD = [json.loads((HERE / "golden" / name).read_text()) for name in ("public.json", "more.json")]
+FILES = ("public.json", "more.json", "sprint.json")
+GOLD = [json.loads((HERE / "golden" / name).read_text()) for name in FILES]
 CASES = {case["id"]: case for gold in GOLD for case in gold["cases"]}
 
 
