@@ -14,9 +14,11 @@ import math
 import re
 from pathlib import Path
 
+import forks.dispersive as dispersive
 import forks.haste as haste
 import forks.irepa as irepa
 import forks.layersync as layersync
+import forks.sprint as sprint
 import forks.sra as sra
 import forks.tread as tread
 import forks.xar as xar
@@ -28,6 +30,7 @@ from processes import ROOT, Program, start_ranks
 from test_method import subset, trained_looking
 
 import maskalign
+import sample
 from maskalign import Config, SiTOutput, StepRng, add_noise, gather_tokens, make_config
 from sample import from_official, from_original_sit
 
@@ -37,6 +40,7 @@ SRA = CASES["loss/sra_linear"]
 IREPA = CASES["loss_irepa/conv3_gamma0.6"]
 SYNC = [case for name, case in CASES.items() if name.startswith("loss_layersync/")]
 TREAD = CASES["loss_tread/flow_matching_1_to_2_half"]
+SPRINT = [case for name, case in CASES.items() if name.startswith("sprint_loss/")]
 in_both_precisions = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32], ids=["float64", "float32"]
 )
@@ -256,13 +260,11 @@ def official(case, kind, build_model, state, **settings):
     return sit, config
 
 
-def official_losses(training_losses, case, sit, config, z=None, turned=False, scores=None):
-    """The losses of a fork on the inputs of a case; turned: its time runs from noise to data."""
+def official_losses(training_losses, case, sit, config, z=None, turned=False, first=()):
+    """The losses of a fork on the inputs of a case; turned: its time runs from noise to data;
+    first: the random numbers that the fork asks for before those of maskalign."""
     x = inputs(case, sit.pos_embed.dtype)
-    rand = [1 - x["t"] if turned else x["t"], x["drop_rand"]]
-    if scores is not None:
-        rand.insert(0, scores)
-    rng = Given(rand, [x["noise"]])
+    rng = Given([*first, 1 - x["t"] if turned else x["t"], x["drop_rand"]], [x["noise"]])
     return training_losses(sit, x["images"], x["y"], z, config, rng)
 
 
@@ -612,9 +614,12 @@ def test_networks_have_the_published_shapes(size):
     assert shapes(xar.Xar, xar.CellSiT) == sit
     assert shapes(layersync.LayerSync, layersync.SyncSiT) == sit
     assert shapes(tread.Tread, tread.RoutedSiT) == sit
+    assert shapes(dispersive.Dispersive, dispersive.WatchedSiT) == sit
     width, ours = repa["pos_embed"][-1], shapes(irepa.Irepa, irepa.ConvSiT)
     conv = {"projector_conv.weight": (768, width, 3, 3), "projector_conv.bias": (768,)}
     assert ours == sit | conv
+    fusion = {"fusion.weight": (width, 2 * width), "fusion.bias": (width,), "mask_token": (width,)}
+    assert shapes(sprint.Sprint, sprint.SprintSiT) == sit | fusion
 
 
 # ---- xAR
@@ -819,7 +824,7 @@ def test_treads_losses_and_gradients_equal_the_official_ones(dtype):
     sit, config = official_tread(TREAD, dtype)
     ids = inputs(TREAD)["ids_keep.0"]
     scores = scores_of(ids, 16)
-    losses = official_losses(tread.training_losses, TREAD, sit, config, scores=scores)
+    losses = official_losses(tread.training_losses, TREAD, sit, config, first=[scores])
     assert_golden(losses["loss"], TREAD, "total")
     losses["loss"].backward()
     assert_golden_gradients(sit, TREAD)
@@ -921,6 +926,7 @@ def test_layersync_with_the_mask_compares_the_kept_tokens_and_needs_no_teacher()
     [
         (layersync.LayerSync, layersync.SyncSiT, dict(early_depth=1, late_depth=3)),
         (tread.Tread, tread.RoutedSiT, TREAD_ROUTE),
+        (dispersive.Dispersive, dispersive.WatchedSiT, dict(disperse_depth=2)),
     ],
 )
 def test_a_forward_pass_of_a_forks_own_is_that_of_sit(kind, build_model, names):
@@ -985,6 +991,237 @@ def test_tread_predicts_all_patches_and_aligns_those_that_its_block_sees(align_d
     assert loss.item() == pytest.approx(1e6 / 2, rel=0.05)
 
 
+# ---- SPRINT
+
+
+def sprint_name(name):
+    """Our name of an official weight. Of five blocks, two are dense, two sparse, one dense."""
+    firsts = dict(encoder_blocks=0, middle_blocks=2, decoder_blocks=4)
+    part, _, rest = name.partition(".")
+    if part in firsts:
+        i, _, rest = rest.partition(".")
+        return f"blocks.{firsts[part] + int(i)}.{rest}"
+    name = name.replace("renoise_linear", "fusion").replace("embedding_table.", "")
+    return name.replace("projectors", "projector")
+
+
+def official_sprint(case, build_model, dtype=torch.float64):
+    """Our network with the official weights. Theirs has no positions; patches of its output
+    have the channel first."""
+    state = dict(pos_embed=torch.zeros(1, 16, 32, dtype=dtype))
+    for name, value in weights(case, dtype).items():
+        if name == "mask_token":
+            value = value.flatten()
+        if name == "x_embedder.proj.weight":
+            value = value.unflatten(1, (4, 2, 2))
+        if name.startswith("final_layer.linear"):
+            value = value.unflatten(0, (4, 2, 2)).movedim(0, 2).flatten(0, 2)
+        state[sprint_name(name)] = value
+    c = case["config"]
+    on = dict(dense_first=2, dense_last=1, align_depth=case.get("align_after_block", 3))
+    on |= dict(z_dim=24, projector_dim=64, align_coeff=0.5 * c["representation_align"])
+    kept = round(4 * (1 - case["mask"]["mask_ratio"]))
+    return official(case, sprint.Sprint, build_model, state, kept_of_four=kept, **on)
+
+
+def scores_of_squares(token_rand):
+    """Numbers of each square (N, side / 2, side / 2, 4) -> of the patches, row by row (N, T)."""
+    return maskalign.unpatchify(token_rand.flatten(1, 2), 2).flatten(1)
+
+
+@pytest.mark.golden
+def test_sprints_middle_takes_the_patches_that_the_official_one_takes():
+    case = CASES["sprint_mask/structured_0.75"]
+    ids = sprint.sample_in_squares(scores_of_squares(inputs(case)["token_rand"]), 1)
+    assert_golden(ids.double(), case, "ids_keep")
+    gone = torch.ones(3, 64).scatter(1, ids, 0.0)
+    assert_golden(gone.double(), case, "dropped")
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_sprints_tokens_before_in_and_after_the_middle_equal_the_official_ones(dtype):
+    case, seen = CASES["sprint_forward/plain_2_2_1_structured_0.75"], []
+    (sit, _), x = official_sprint(case, sprint.SprintSiT, dtype), inputs(case, dtype)
+    for layer in (*sit.blocks, sit.fusion):
+        layer.register_forward_hook(lambda layer, args, out: seen.append((args[0], out)))
+    assert torch.equal(
+        x["ids_keep"], sprint.sample_in_squares(scores_of_squares(x["token_rand"]), 1)
+    )
+    out = sit(x["x"], x["t"], x["y"], ids_sparse=x["ids_keep"])
+    assert_golden(seen[1][1], case, "dense")
+    assert_golden(seen[2][0], case, "sparse_in")
+    assert_golden(seen[3][1], case, "sparse_out")
+    fusion_in, fused = seen[4]
+    assert_golden(fusion_in, case, "fusion_in")
+    assert_golden(fused, case, "fused")
+    assert_golden(out.z_pred, case, "zs.0")
+    assert_golden(maskalign.unpatchify(out.v, 2), case, "velocity")
+    seen.clear()
+    out = sit(x["x"], x["t"], x["y"])
+    assert_golden(seen[3][1], case, "full.sparse_out")
+    assert_golden(out.z_pred, case, "full.zs.0")
+    assert_golden(maskalign.unpatchify(out.v, 2), case, "full.velocity")
+
+
+@pytest.mark.golden
+@in_both_precisions
+@pytest.mark.parametrize("case", SPRINT, ids=lambda case: case["id"].split("/")[1])
+def test_sprints_losses_and_gradients_equal_the_official_ones(case, dtype):
+    sit, config = official_sprint(case, sprint.SprintSiT, dtype)
+    x, seen = inputs(case, dtype), []
+    sit.register_forward_hook(lambda module, args, out: seen.append(out))
+    sit.fusion.register_forward_hook(lambda layer, args, out: seen.append(args[0]))
+    scores = torch.zeros(4, 16)
+    if "token_rand" in x:  # else all patches pass the middle
+        scores = scores_of_squares(x["token_rand"])
+        assert torch.equal(sprint.sample_in_squares(scores, 1), x["ids_keep"])
+    first = [scores, x["path_rand"]]
+    z = without_class_token(x["feat.0"])
+    losses = official_losses(sprint.training_losses, case, sit, config, z, first=first)
+    assert_golden(seen[0], case, "fusion_in")
+    velocity = maskalign.unpatchify(seen[1].v, 2)
+    assert_golden(velocity, case, "velocity")
+    errors = (velocity - (x["noise"] - x["images"])).square().flatten(1).mean(1)
+    assert_golden(errors, case, "denoising_loss")
+    assert_golden(losses["align"], case, "proj_loss")
+    assert_golden(losses["loss"], case, "total")
+    losses["loss"].backward()
+    grads = {name: p.grad for name, p in sit.named_parameters() if p.grad is not None}
+    assert_golden(torch.nn.utils.get_total_norm(grads.values()), case, "grad_norm")
+    stored = [name for name in case["outputs"] if name.startswith("grad.")]
+    for name in stored:
+        grad = grads[sprint_name(name.removeprefix("grad."))]
+        if "final_layer.linear" in name:
+            grad = grad.unflatten(0, (2, 2, 4)).movedim(2, 0).flatten(0, 2)
+        assert_golden(grad, case, name)
+    assert len(stored) == 12
+
+
+@pytest.mark.golden
+@in_both_precisions
+def test_sprints_guided_velocities_and_images_equal_the_official_ones(dtype):
+    case = CASES["sprint_sampler/plain_2_2_1"]
+    x = inputs(case, dtype)
+    latents, t, y = x["latents"], x["t"], x["y"]
+    null = torch.full_like(y, 10)
+    guided = official_sprint(case, sprint.PathDropGuided, dtype)[0].eval()
+    sit = official_sprint(case, sprint.SprintSiT, dtype)[0].eval()
+    calls = dict(
+        strong=guided(latents, t, y), weak=guided(latents, t, null), null=sit(latents, t, null)
+    )
+    for name, out in calls.items():
+        assert_golden(maskalign.unpatchify(out.v, 2), case, f"velocity_{name}")
+    on = dict(cfg_scale=case["sampler_args"]["cfg_scale"])
+    for name, network in dict(pdg=guided, cfg=sit).items():
+        velocities = []
+        for i in range(2):  # each has another time
+            one = (latents[i : i + 1], t[i].item(), y[i : i + 1])
+            v, _ = maskalign.guided_velocity(network, *one, None, dtype, **on)
+            velocities.append(v)
+        assert_golden(torch.cat(velocities).to(dtype), case, f"velocity_{name}")
+        out = sample.euler_ode(network, latents, y, num_steps=2, **on)
+        assert_golden(out, case, f"samples_ode_{name}")
+    out = sample.euler_ode(guided, latents, y, num_steps=2)
+    assert_golden(out, case, "samples_ode_plain")
+    noises = iter([x["eps.0"], x["eps.1"]])
+    on |= dict(num_steps=3, randn_like=lambda like: next(noises))
+    out = sample.euler_maruyama(guided, latents, y, **on)
+    assert_golden(out, case, "samples_sde_pdg")
+
+
+def test_each_square_keeps_its_share_and_each_patch_is_kept_equally_often():
+    scores = torch.rand(4000, 16, generator=torch.Generator().manual_seed(0))
+    squares = maskalign.patchify(torch.arange(16).view(1, 1, 4, 4), 2)[0]
+    for count in (1, 2, 3, 4):
+        ids = sprint.sample_in_squares(scores, count)
+        kept = torch.zeros(4000, 16).scatter_(1, ids, 1.0)
+        assert (kept[:, squares].sum(-1) == count).all()
+        assert (kept.mean(0) - count / 4).abs().max() < 0.04
+
+
+def test_without_label_no_patch_enters_the_middle_of_a_guided_sprint():
+    on = dict(dense_first=1, dense_last=1)
+    (sit, _), (x, y), entered = small(sprint.Sprint, sprint.PathDropGuided, **on), small_batch(), []
+    for block in sit.blocks:
+        block.register_forward_pre_hook(lambda block, args: entered.append(args[0].shape[1]))
+    maskalign.guided_velocity(sit.eval(), x, 0.5, y, None, torch.float32, 2.0)
+    assert entered == [16, 16, 16, 16] + [16, 0, 0, 16]
+
+
+def test_a_path_drop_hides_the_middle_of_its_image_and_of_no_other():
+    """Its middle then gets no gradient from denoising; what is aligned in it does."""
+    on = dict(dense_first=1, dense_last=1, align_coeff=0.5)
+    (sit, config), (x, y) = small(sprint.Sprint, sprint.SprintSiT, **on), small_batch()
+    t, ids = torch.rand(3), sprint.sample_in_squares(torch.rand(3, 16), config.kept_of_four)
+    drop, seen = torch.tensor([False, True, False]), []
+    sit.fusion.register_forward_hook(lambda layer, args, out: seen.append(args[0]))
+    for mask in (None, drop):
+        sit(x, t, y, ids_sparse=ids, drop=mask)
+    plain, dropped = (tokens[..., :32] for tokens in seen)
+    assert torch.equal(plain[~drop], dropped[~drop])
+    assert (dropped[drop] == sit.mask_token).all() and not torch.equal(plain[drop], dropped[drop])
+    assert torch.equal(seen[0][..., 32:], seen[1][..., 32:])
+    missing = torch.ones(3, 16).scatter_(1, ids, 0.0).bool()
+    assert ((plain == sit.mask_token).all(-1) == missing).all()
+
+
+def test_a_new_fusion_is_a_linear_layer_like_others_and_its_mask_token_small():
+    torch.manual_seed(0)
+    sit = sprint.SprintSiT(make_config(sprint.Sprint))
+    bound = math.sqrt(6 / (3 * 96))  # Xavier's, of a layer from 192 to 96
+    assert 0.99 * bound < sit.fusion.weight.abs().max() <= bound and not sit.fusion.bias.any()
+    assert 0.015 < sit.mask_token.std() < 0.025
+
+
+# ---- Dispersive loss
+
+
+def pairwise(h, temperature):
+    """The loss, pair by pair."""
+    terms = [torch.exp(-(a - b).square().mean() / temperature) for a in h for b in h]
+    return torch.stack(terms).mean().log()
+
+
+def test_the_dispersive_loss_is_the_log_of_a_mean_over_all_pairs():
+    two = torch.tensor([[1.0], [3.0]])  # at a distance of 4
+    expected = math.log((1 + math.exp(-4 / 0.5)) / 2)
+    assert dispersive.dispersive_loss(two, 0.5).item() == pytest.approx(expected)
+    h = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    for temperature in (0.5, 1.0):
+        ours, theirs = dispersive.dispersive_loss(h, temperature), pairwise(h, temperature)
+        torch.testing.assert_close(ours, theirs)
+        grads = [torch.autograd.grad(loss, h)[0] for loss in (ours, theirs)]
+        torch.testing.assert_close(*grads)
+    same, far = torch.ones(8, 24), 100 * torch.randn(8, 24).double()
+    assert dispersive.dispersive_loss(same, 0.5).item() == pytest.approx(0, abs=1e-6)
+    assert dispersive.dispersive_loss(far, 0.5).item() == pytest.approx(-math.log(8))
+
+
+def test_what_all_images_share_does_not_blur_their_distances():
+    h = torch.randn(16, 1000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        dispersive.dispersive_loss(h + 300, 1.0), dispersive.dispersive_loss(h, 1.0)
+    )
+
+
+def test_images_disperse_after_the_chosen_block_in_float32():
+    names = dict(disperse_depth=2, disperse_coeff=0.25, temperature=1.0)
+    sit, config = small(dispersive.Dispersive, dispersive.WatchedSiT, **names)
+    (x, y), seen = small_batch(), []
+    sit.blocks[1].register_forward_hook(lambda block, args, out: seen.append(out))
+    for bf16 in (False, True):
+        rng = given(numbers(3, (4, 8, 8)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = dispersive.training_losses(sit, x, y, None, config, rng)
+        expected = pairwise(seen[-1].flatten(1).float(), 1.0)
+        torch.testing.assert_close(losses["disperse"], expected)
+        torch.testing.assert_close(losses["loss"], losses["denoise"] + 0.25 * expected)
+    losses["disperse"].backward()
+    learns = [any(p.grad is not None for p in block.parameters()) for block in sit.blocks]
+    assert learns == [True, True, False, False]
+
+
 # ---- Combinations, refusals
 
 
@@ -1002,6 +1239,10 @@ def test_tread_predicts_all_patches_and_aligns_those_that_its_block_sees(align_d
         ("layersync", dict(class_token=True, align_coeff=0.5)),
         ("tread", dict(class_token=True, align_coeff=0.5)),
         ("tread", dict(skip_ratio=0.0, mixer_depth=1)),
+        ("sprint", dict(align_coeff=0.5)),
+        ("sprint", dict(kept_of_four=4, path_drop=0.0)),
+        ("sprint", dict(kept_of_four=2, dense_first=0, dense_last=0)),
+        ("dispersive", dict(class_token=True, align_coeff=0.5)),
     ],
     ids=str,
 )
@@ -1024,6 +1265,11 @@ def test_combinations_are_values(name, settings, tmp_path):
         (tread.Tread, dict(last_routed=1), "first_routed 2 to last_routed 1 is no route"),
         (tread.Tread, dict(last_routed=7), "last_routed 7 is no route through 6 blocks"),
         (tread.Tread, dict(first_routed=0), "first_routed 0 to"),
+        (sprint.Sprint, dict(kept_of_four=5), "kept_of_four 5: not in 6 x 6 patches"),
+        (sprint.Sprint, dict(patch_size=8), "kept_of_four 1: not in 3 x 3 patches"),
+        (sprint.Sprint, dict(align_depth=1), "align_depth 1 is no block of the middle"),
+        (sprint.Sprint, dict(dense_first=3), "align_depth 3 is no block of the middle"),
+        (dispersive.Dispersive, dict(disperse_depth=7), "disperse_depth 7 is not 1 to 6"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused_with_a_reason(kind, settings, message):
