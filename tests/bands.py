@@ -13,7 +13,8 @@ MEASURES = dict(
     fd="Frechet distance from real shapes (lower is better)",
     named="named as the class that was asked for, % (higher is better)",
 )
-AXES = dict(step="steps", cpu_s="CPU seconds of training")
+TITLES = dict(fd="Frechet distance (lower is better)", named="correct class, %")
+CPU_S = "CPU seconds of training"
 
 
 # ---- 1. The table
@@ -28,7 +29,7 @@ def summarise(points: list) -> dict:
     table = defaultdict(list)
     for (method, _), seeds in groups.items():
         row = {}
-        for name in (*AXES, *MEASURES):
+        for name in ("step", "cpu_s", *MEASURES):
             values = [point[name] for point in seeds]
             row[name] = (mean(values), stdev(values))
         table[method].append(row)
@@ -39,7 +40,7 @@ def as_markdown(table: dict) -> str:
     """A table for each measure, with a row for each method and a column for each step."""
     steps = [f"{row['step'][0]} steps" for row in next(iter(table.values()))]
     lines = []
-    for name, title in (MEASURES | dict(cpu_s=AXES["cpu_s"])).items():
+    for name, title in (MEASURES | dict(cpu_s=CPU_S)).items():
         lines.append(markdown_row(title, *steps))
         lines.append(markdown_row(*["---"] * (1 + len(steps))))
         for method, rows in table.items():
@@ -59,19 +60,19 @@ def log_from_1(value: float) -> float:
     return math.log(max(value, 1.0))
 
 
-SCALES = dict(step=math.log, cpu_s=math.log, fd=log_from_1, named=float)
+SCALES = dict(step=math.log, fd=log_from_1, named=float)
 
 
-def lines_of(table: dict, axis: str, measure: str) -> dict:
+def lines_of(table: dict, measure: str) -> dict:
     """{method: [(x, lower edge, middle, upper edge), ...]} on the scales of both axes."""
     lines = {}
     for method, rows in table.items():
         lines[method] = []
         for row in rows:
-            x, _ = row[axis]
+            step, _ = row["step"]
             middle, std = row[measure]
             band = [SCALES[measure](value) for value in (middle - std, middle, middle + std)]
-            lines[method].append((SCALES[axis](x), *band))
+            lines[method].append((SCALES["step"](step), *band))
     return lines
 
 
@@ -80,7 +81,6 @@ def labels_of(name: str, steps: list) -> dict:
     powers = [10**n for n in range(5)]
     values = dict(
         step=steps,
-        cpu_s=[k * power for power in powers for k in (1, 2, 3, 5, 7)],
         fd=[k * power for power in powers for k in (1, 2, 5)],
         named=range(0, 101, 10),
     )
@@ -88,7 +88,7 @@ def labels_of(name: str, steps: list) -> dict:
 
 
 def draw_panel(draw, left: int, top: int, lines: dict, x_labels: dict, y_labels: dict) -> Frame:
-    """The lines of lines_of and their bands, over a grid."""
+    """The lines of lines_of and their bands, over a grid, with a dot at each step."""
     points = list(itertools.chain(*lines.values()))
     x = [point[0] for point in points]
     y = [value for point in points for value in point[1:]]
@@ -96,13 +96,16 @@ def draw_panel(draw, left: int, top: int, lines: dict, x_labels: dict, y_labels:
     y_margin = 0.05 * (max(y) - min(y)) or 0.1
     x_range = (min(x) - x_margin, max(x) + x_margin)
     y_range = (min(y) - y_margin, max(y) + y_margin)
-    frame = Frame(left, top, 560, 420, *x_range, *y_range)
+    frame = Frame(left, top, 440, 500, *x_range, *y_range)
     draw_grid(draw, frame, within(x_labels, *x_range), within(y_labels, *y_range))
     for color, line in zip(itertools.cycle(COLORS), lines.values(), strict=False):
         lower = [place(frame, x, low) for x, low, _, _ in line]
         upper = [place(frame, x, high) for x, _, _, high in line]
         draw.polygon(lower + upper[::-1], color + "40")
-        draw.line([place(frame, x, middle) for x, _, middle, _ in line], color, 6, "curve")
+        middles = [place(frame, x, middle) for x, _, middle, _ in line]
+        draw.line(middles, color, 6, "curve")
+        for x, y in middles:
+            draw.ellipse((x - 9, y - 9, x + 9, y + 9), color)
     draw_border(draw, frame)
     return frame
 
@@ -112,18 +115,16 @@ def within(labels: dict, low: float, high: float) -> dict:
 
 
 def draw_bands(table: dict, path: Path) -> None:
-    """Panels in a row for each of MEASURES and a column for each of AXES, 800 pixels wide."""
-    picture = Image.new("RGB", (1600, 1220), "white")
+    """A panel for each of MEASURES, over steps. The picture is 840 pixels wide."""
+    picture = Image.new("RGB", (1680, 700), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands are translucent
     steps = [row["step"][0] for row in next(iter(table.values()))]
-    for i, (measure, title) in enumerate(MEASURES.items()):
-        top = 610 * i + 70
-        draw_text(draw, 130, top - 35, title, "lm")
-        for j, (axis, name) in enumerate(AXES.items()):
-            lines = lines_of(table, axis, measure)
-            labels = (labels_of(axis, steps), labels_of(measure, steps))
-            frame = draw_panel(draw, 130 + 670 * j, top, lines, *labels)
-            draw_text(draw, frame.left + frame.width / 2, top + frame.height + 75, name)
+    for i, (measure, title) in enumerate(TITLES.items()):
+        lines = lines_of(table, measure)
+        labels = (labels_of("step", steps), labels_of(measure, steps))
+        frame = draw_panel(draw, 110 + 850 * i, 80, lines, *labels)
+        draw_text(draw, frame.left - 70, 45, title, "lm")
+        draw_text(draw, frame.left + frame.width / 2, frame.top + frame.height + 80, "steps")
         draw_names(draw, frame, lines)
     picture.reduce(2).save(path)  # half the size, which smooths slanted lines
 
@@ -135,7 +136,12 @@ def draw_names(draw, frame: Frame, lines: dict) -> None:
         x, _, middle, _ = line[-1]
         _, height = place(frame, x, middle)
         ends[method] = (height, color)
-    y = 0
-    for method, (height, color) in sorted(ends.items(), key=lambda item: item[1]):
-        y = max(y + 38, height)
-        draw.text((frame.left + frame.width + 14, y), method, color, font_size=32, anchor="lm")
+    heights = []
+    for method in sorted(ends, key=ends.get):
+        height, _ = ends[method]
+        heights.append(max(height, heights[-1] + 38) if heights else height)
+    up = max(0, heights[-1] - (frame.top + frame.height - 20))  # so that all are beside the panel
+    for method, y in zip(sorted(ends, key=ends.get), heights, strict=True):
+        _, color = ends[method]
+        x = frame.left + frame.width + 14
+        draw.text((x, y - up), method, color, font_size=32, anchor="lm")

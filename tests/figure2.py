@@ -6,8 +6,9 @@
 RUN is a run folder, or a checkpoint of maskalign.py. Into --out, by default the folder of the
 first RUN, go
   heatmap.png   Fig. 2a, 2b. In each image, take the 10% of the patch tokens that the alignment
-                pulls hardest (Eq. 5). A map shows how often each position is one of them.
-  figure2.json  the numbers of the maps, and the stability gap G_r (Eq. 12) over random masks
+                pulls hardest (Eq. 5). A map shows how often each position is one of them, for
+                inputs as in training. Two runs have a row for their difference.
+  figure2.json  the numbers of all maps, and the stability gap G_r (Eq. 12) over random masks
   curves.png    Fig. 2c, 2d: the logged loss and alignment, and the gap. (tests/curves.py plots
                 whatever is logged, also of runs without alignment.)
 
@@ -41,6 +42,8 @@ import maskalign as ma
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # Tab. 8
 BATCH = 64  # images at a time; the gap is measured on the first 64
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+RED_BLUE = ((33, 102, 172), (247, 247, 247), (178, 24, 43))  # less, as much, more
+TOP = 0.4  # the scale of the maps ends here; what is above has the color of the end
 
 
 # ---- 1. The two measurements
@@ -251,6 +254,7 @@ def measure(run: str, args: argparse.Namespace) -> dict:
         if step_then != step:  # the newest one may be among the copies
             gaps[step_then] = measure_gap(model.to(shared.device), shared, args)
     about = dict(steps=step, method=config.method, size=config.size, seed=config.seed)
+    about["mask_ratio"] = config.mask_ratio
     return dict(about, **maps, gap=[dict(step=step) | gaps[step] for step in sorted(gaps)])
 
 
@@ -264,17 +268,38 @@ def write(picture: Image.Image, x: float, y: float, text: str, size: int, anchor
     ImageDraw.Draw(picture).text((x, y), text, "black", font_size=size, anchor=anchor)
 
 
-def paste(picture: Image.Image, p, x: int, y: int, width: int, height: int) -> None:
-    """Shares p (H, W) as colors, enlarged to width and height, with a corner at (x, y)."""
-    stops = np.linspace(0, 0.8, len(VIRIDIS))
-    rgb = [np.interp(p, stops, channel) for channel in zip(*VIRIDIS, strict=True)]
-    colors = Image.fromarray(np.stack(rgb, axis=-1).astype(np.uint8))
-    picture.paste(colors.resize((width, height), Image.NEAREST), (x, y))
+def paste(picture: Image.Image, values, colors: tuple, ends: tuple, box: tuple) -> None:
+    """Values (H, W) as colors, whose scale has these ends, into the box (x, y, width, height)."""
+    x, y, width, height = box
+    stops = np.linspace(*ends, len(colors))
+    rgb = [np.interp(values, stops, channel) for channel in zip(*colors, strict=True)]
+    pixels = Image.fromarray(np.stack(rgb, axis=-1).astype(np.uint8))
+    picture.paste(pixels.resize((width, height), Image.NEAREST), (x, y))
+
+
+def rows_of(results: dict) -> list:
+    """The rows (title, {t: map (H, W)}, {t: text}) of the picture.
+
+    Each run is shown with the input of its training: masked, if it trained with a mask. Two runs
+    have their difference as a third row.
+    """
+    rows = []
+    for name, result in results.items():
+        mode = "masked" if result["mask_ratio"] > 0 else "full"
+        chosen = [m for m in result["maps"] if m["input"] == mode]
+        maps = {m["t"]: np.array(m["map"]) for m in chosen}
+        rows.append((f"{name}\n{mode} input", maps, {m["t"]: in_words(m) for m in chosen}))
+    if len(rows) == 2:
+        (first, maps, _), (second, maps_2, _) = rows
+        less = {t: maps_2[t] - maps[t] for t in maps if maps[t].shape == maps_2[t].shape}
+        texts = {t: f"{p.min():+.2f} to {p.max():+.2f}" for t, p in less.items()}
+        rows.append(("difference", less, texts))
+    return rows
 
 
 def draw_maps(results: dict, path: Path) -> None:
-    """A row for each run and input, a column for each t, and one scale for all, from 0 to 0.8."""
-    rows = [(name, mode) for name in results for mode in ("full", "masked")]
+    """A row for each run, and a column for each t. The maps have one scale, from 0 to TOP."""
+    rows = rows_of(results)
     width = 190 + 166 * len(TIMES) + 150
     height = 100 + 196 * len(rows)
     picture = Image.new("RGB", (width, height), "white")
@@ -282,23 +307,36 @@ def draw_maps(results: dict, path: Path) -> None:
     write(picture, width / 2, 26, title, 24)
     for column, t in enumerate(TIMES):
         write(picture, 190 + 166 * column + 75, 82, f"t = {t}", 18)
-    for row, (name, mode) in enumerate(rows):
+    for row, (name, maps, texts) in enumerate(rows):
         y = 100 + 196 * row
-        write(picture, 16, y + 75, f"{name}\n{mode} input", 18, "lm")
-        maps = [m for m in results[name]["maps"] if m["input"] == mode]
-        for column, m in enumerate(maps):
+        write(picture, 16, y + 75, name, 18, "lm")
+        for column, t in enumerate(TIMES):
             x = 190 + 166 * column
-            paste(picture, m["map"], x, y, 150, 150)
-            write(picture, x + 75, y + 164, in_words(m), 14)
+            if t in maps:
+                is_less = name == "difference"
+                scale = (RED_BLUE, (-TOP / 2, TOP / 2)) if is_less else (VIRIDIS, (0, TOP))
+                paste(picture, maps[t], *scale, (x, y, 150, 150))
+                write(picture, x + 75, y + 164, texts[t], 14)
 
-    # The scale, at the right.
-    tall = height - 146
-    falling = np.linspace(0.8, 0, 800)[:, None]
-    paste(picture, falling, width - 142, 100, 22, tall)
-    for p in (0, 0.1, 0.2, 0.4, 0.6, 0.8):
-        text = "0.1 uniform" if p == 0.1 else f"{p}"
-        write(picture, width - 112, 100 + tall * (1 - p / 0.8), text, 16, "lm")
+    # The scales, at the right: of the maps, and of the difference.
+    tall = 196 * len(results) - 46
+    draw_scale(picture, VIRIDIS, {0: "0", 0.1: "0.1 uniform", 0.2: "0.2", 0.4: "0.4"}, 100, tall)
+    if len(rows) > len(results):
+        top = 100 + 196 * len(results)
+        draw_scale(picture, RED_BLUE, {-0.2: "-0.2", 0: "0", 0.2: "+0.2"}, top, 150)
     picture.save(path)
+
+
+def draw_scale(picture: Image.Image, colors: tuple, texts: dict, top: int, tall: int) -> None:
+    """A bar with texts at some values, of which the first and the last are its ends."""
+    low = min(texts)
+    high = max(texts)
+    falling = np.linspace(high, low, 800)[:, None]
+    x = picture.width - 142
+    paste(picture, falling, colors, (low, high), (x, top, 22, tall))
+    for value, text in texts.items():
+        y = top + tall * (high - value) / (high - low)
+        write(picture, x + 30, y, text, 16, "lm")
 
 
 # ---- 4. The command

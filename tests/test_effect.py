@@ -154,7 +154,7 @@ def test_runs_that_are_there_are_only_judged(study, monkeypatch, command):
     half, whole = (p["cpu_s"] for p in result["points"][:2])
     assert whole == pytest.approx(2 * half) and half > 0
     assert "commit" in result["machines"][0]
-    assert Image.open(effect.Path(study.out, "effect.png")).width == 800
+    assert Image.open(effect.Path(study.out, "effect.png")).width == 840
     assert "| `reg` |" in shown
 
 

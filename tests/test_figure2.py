@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import curves
 import figure2
+import numpy as np
 import pytest
 import torch
 from curves import by_name, draw_curves, read_log, ticks
@@ -217,7 +218,12 @@ def test_the_command_measures_two_runs_and_draws_them(runs, tmp_path, capsys, mo
         assert gap["all"]["std"] > 0
     assert "reg, t 0.1, full input: " in capsys.readouterr().out
     width, height = Image.open(written[0]).size
-    assert width > 900 and height == 100 + 4 * 196
+    assert width > 900 and height == 100 + 3 * 196  # each run as it was trained, and less
+    (reg, full, _), (ours, masked, _), (_, less, texts) = figure2.rows_of(found["runs"])
+    assert (reg, ours) == ("reg\nfull input", "maskalign\nmasked input")
+    for t, p in less.items():
+        assert np.array_equal(p, masked[t] - full[t]) and full[t].sum() == pytest.approx(4)
+        assert texts[t] == f"{p.min():+.2f} to {p.max():+.2f}"
     monkeypatch.setattr(figure2, "BATCH", 7)  # the maps do not depend on it
     newest = runs["maskalign"] / "latest.pt"
     figure2.run(options(newest, "--out", tmp_path / "again"))
@@ -225,6 +231,17 @@ def test_the_command_measures_two_runs_and_draws_them(runs, tmp_path, capsys, mo
     for a, b in zip(again["maps"], found["runs"]["maskalign"]["maps"], strict=True):
         moved = (torch.tensor(a["map"]) - torch.tensor(b["map"])).abs()
         assert moved.mean() < 0.01  # rounding may exchange a token or two of an image's top 10%
+
+
+def test_a_color_of_the_picture_tells_the_share():
+    picture = Image.new("RGB", (40, 20))
+    values = np.array([[0, figure2.TOP, 0.9], [0.1, 0.2, 0.3]])
+    figure2.paste(picture, values, figure2.VIRIDIS, (0, figure2.TOP), (10, 0, 30, 20))
+    assert picture.getpixel((5, 5)) == (0, 0, 0)  # beside the box
+    assert picture.getpixel((15, 5)) == figure2.VIRIDIS[0]
+    assert picture.getpixel((25, 5)) == picture.getpixel((35, 5)) == figure2.VIRIDIS[-1]
+    columns = np.array([picture.getpixel((x, 15)) for x in (15, 25, 35)])
+    assert np.abs(columns - np.array(figure2.VIRIDIS[1:4])).max() <= 1
 
 
 def test_a_run_with_copies_of_checkpoints_gives_a_gap_at_each(runs, tmp_path, capsys):
