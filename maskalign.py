@@ -65,7 +65,7 @@ from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, StackDataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import normalize, pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -426,7 +426,7 @@ def train(
         os.makedirs(config.out, exist_ok=True)
         print(
             f"Training {config.method} ({config.size}) on {world_size} x {device.type}: "
-            f"{len(dataset)} images of {config.data or 'the demo (no --data)'}, "
+            f"{len(dataset)} images of {config.data or 'the demo'}, "
             f"{len(names)} classes ({', '.join(names[:3])} ...), "
             f"steps {first_step} to {config.steps}, output in {config.out}"
         )
@@ -487,7 +487,7 @@ class Config:
     size: str = setting("SiT-XL/2", "row of SIZES", metavar=None)
     out: str = setting("", "run folder (default: runs/METHOD-SIZE)", "DIR")
     steps: int = setting(400_000, "train until this step")
-    seed: int = setting(0, "random seed; on a GPU, rounding differs")
+    seed: int = setting(0, "random seed")
 
     label_dropout: float = setting(0.1, "share of null labels (Tab. 7)", group="method")
     class_token: bool = setting(True, "also denoise a class token (REG)")
@@ -621,12 +621,12 @@ class ViTTeacher(nn.Module):
         super().__init__()
         self.vit = vit
         self.dim = vit.num_features
-        self.mean = mean
-        self.std = std
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images):
         x = images.to(self.vit.cls_token.dtype) / 255
-        x = normalize(x, self.mean, self.std)  # before resizing, as REPA
+        x = (x - self.mean) / self.std  # before resizing, as REPA
         x = F.interpolate(x, self.vit.patch_embed.img_size, mode="bicubic")
         tokens = self.vit.forward_features(x)
         patches = tokens[:, self.vit.num_prefix_tokens :]  # without registers
@@ -647,7 +647,7 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
         how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
     vit = timm.create_model(config.teacher, **how)
     assert vit.cls_token is not None, f"teacher {config.teacher} has no class token"
-    # It sees the image at a size at which it has exactly our T patches.
+    # At this size of the image it has exactly our T patches.
     size = side * vit.patch_embed.patch_size[0]
     vit.set_input_size((size, size))
     teacher = ViTTeacher(vit, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
