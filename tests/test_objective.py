@@ -285,3 +285,15 @@ def test_an_unmasked_method_shows_the_network_every_patch():
     assert spy.seen[0]["ids_keep"] is None
     training_losses(spy, x, y, torch.randn(3, 17, 16), CONFIG, StepRng(CONFIG, step=0))
     assert spy.seen[1]["ids_keep"].shape == (3, 12)
+
+
+def test_network_and_losses_are_one_graph():
+    """Nothing in them makes torch.compile stop and let Python continue."""
+    sit = trained_looking(tiny(mixer_depth=1, depth=1, align_depth=1)).train()
+    x, _, y, _ = batch()
+    z = torch.randn(3, 17, 16)
+    torch.compiler.reset()
+    losses = torch.compile(training_losses, backend="eager", fullgraph=True)
+    terms = losses(sit, x, y, z, CONFIG, given(drawn()))
+    terms["loss"].backward()
+    torch.testing.assert_close(terms, training_losses(sit, x, y, z, CONFIG, given(drawn())))

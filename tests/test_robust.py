@@ -49,6 +49,7 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(judge, "score", lambda images: dict(fd=images.double().mean().item()))
     monkeypatch.setattr(figure2, "parse_args", lambda argv: parse_args([*argv, "--masks=2"]))
     monkeypatch.setattr(figure2, "BATCH", 8)
+    monkeypatch.setattr(figure2, "TIMES", (0.3, 0.7))
     monkeypatch.setattr(robust, "SHARES", (0.0, 0.75))
 
     def run(*argv):
@@ -162,7 +163,7 @@ def test_each_checkpoint_is_measured_once_and_seeds_are_summarised(
 
 def test_the_gap_is_that_of_figure2(runs):
     _, model, config = figure2.load_model(robust.checkpoint(runs / "reg-0", 3))
-    options = figure2.parse_args(["run", "--images=24", "--masks=2"])
+    options = figure2.parse_args(["run", "--images=8", "--masks=2"])
     shared = figure2.set_up(config, options)
     found = robust.measure_alignment(model, shared, 0.25)
     gap = figure2.measure_gap(model, shared, options)["all"]["mean"]
