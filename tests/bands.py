@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 MEASURES = dict(
     fd="Frechet distance from real shapes (lower is better)",
     named="named as the class that was asked for, % (higher is better)",
+    template="the same by the nearest template, %",
 )
 TITLES = dict(fd="Frechet distance (lower is better)", named="correct class, %")
 CPU_S = "CPU seconds of training"
@@ -19,7 +20,7 @@ CPU_S = "CPU seconds of training"
 
 # ---- 1. The table
 def summarise(points: list) -> dict:
-    """Points {method, seed, step, cpu_s, fd, named} -> {method: [{step, cpu_s, fd, named}, ...]}.
+    """Points {method, seed, step, cpu_s, fd, ...} -> {method: [{step, cpu_s, fd, ...}, ...]}.
 
     There is a row for each step, and its values are pairs (mean, standard deviation).
     """
@@ -115,7 +116,7 @@ def within(labels: dict, low: float, high: float) -> dict:
 
 
 def draw_bands(table: dict, path: Path) -> None:
-    """A panel for each of MEASURES, over steps. The picture is 840 pixels wide."""
+    """A panel for each of TITLES, over steps. The picture is 840 pixels wide."""
     picture = Image.new("RGB", (1680, 700), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands are translucent
     steps = [row["step"][0] for row in next(iter(table.values()))]

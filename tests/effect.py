@@ -6,8 +6,9 @@
 Each run is one of the demo, on one thread. At each of --steps its EMA generates 768 images,
 without guidance, and from the same noise for all methods. A judge (judge.py) tells how far
 they are from real shapes (Frechet distance), and how many of them are of the class that was
-asked for. CPU seconds of training are the number of steps times the median of one step. They
-count neither saving, nor generating, nor the training of the teacher.
+asked for. A second judge, which is no network, counts them, too. CPU seconds of training are
+the number of steps times the median of one step. They count neither saving, nor generating,
+nor the training of the teacher.
 
 --out gets a folder for each run (about 100 MB), effect.json and effect.png. If the command is
 killed, the same command continues.
@@ -128,7 +129,7 @@ def run(method: str, seed: int, args: argparse.Namespace) -> None:
 
 # ---- 2. All runs
 def judge_run(method: str, seed: int, args: argparse.Namespace) -> list:
-    """The points of a run, one for each step: {method, seed, step, cpu_s, fd, named}."""
+    """The points of a run, one for each step: {method, seed, step, cpu_s, fd, ...}."""
     folder = run_folder(method, seed, args)
     seconds = float(np.median(np.loadtxt(folder / "cpu_s.txt")))
     points = []

@@ -3,6 +3,9 @@
 The judge is not the teacher. It is a small convolutional network that learned to classify the
 8192 shapes of the demo, from another seed. What generated images are compared with are other
 shapes, on which no network was trained.
+
+A second judge, of another kind, is no network and learns nothing. It compares an image, without
+its colors, with the 8192 shapes, and names the class of the nearest.
 """
 
 import functools
@@ -77,12 +80,43 @@ def make_judge() -> tuple:
     return judge, judge_images(judge, other_shapes()[:COUNT])
 
 
+def remove_colors(images: Tensor) -> Tensor:
+    """Images uint8 (N, 3, 24, 24) -> unit vectors (N, 576), large where the shape is.
+
+    A pixel of a shape is background + inside * (color - background), and no shape reaches the
+    edge of its image. So the mean over pixels, less the background, points to the color.
+    """
+    x = images.double().permute(0, 2, 3, 1)  # (N, 24, 24, 3)
+    edge = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], dim=1)  # (N, 96, 3)
+    x = x.flatten(1, 2) - edge.mean(dim=1, keepdim=True)  # (N, 576, 3)
+    to_color = x.mean(dim=1, keepdim=True)  # (N, 1, 3)
+    inside = (x * to_color).sum(dim=-1)  # (N, 576), up to a factor for each image
+    return F.normalize(inside, dim=1)
+
+
+@functools.cache
+def make_templates() -> Tensor:
+    """The demo's shapes without colors, (COUNT, 576). Template i is of class i % 8."""
+    return remove_colors(ma.demo_shapes(24).datasets["image"])
+
+
+def name_by_template(images: Tensor) -> Tensor:
+    """The class of the nearest template, by the cosine, of each image."""
+    cosines = remove_colors(images) @ make_templates().T  # (N, COUNT)
+    return cosines.argmax(dim=1) % 8
+
+
 def score(images: Tensor) -> dict:
-    """Of uint8 images (N, 3, 24, 24): fd, the Frechet distance from other shapes, and named."""
+    """Scores of uint8 images (N, 3, 24, 24), where image i was asked to be of class i % 8.
+
+    fd is the Frechet distance from other shapes. named and template are the shares in % with the
+    class asked for, as the network sees it, and by the nearest template.
+    """
     judge, (real_mean, real_covariance, _) = make_judge()
     mean, covariance, named = judge_images(judge, images)
     fd = fid.frechet_distance(mean, covariance, real_mean, real_covariance)
-    return dict(fd=fd, named=named)
+    correct = name_by_template(images) == torch.arange(len(images)) % 8
+    return dict(fd=fd, named=named, template=100 * correct.double().mean().item())
 
 
 def score_npz(path: Path) -> dict:

@@ -7,9 +7,9 @@ For the checkpoints that effect.py kept of some methods and all their seeds, it 
           full input, on the same tokens. See figure2.py.
   align   that alignment loss of the full input
   fd 25%  Frechet distance, and
-  named 25%  share of the correct class, of 768 images (see judge.py), when each step of the
-          sampler drops a random 25% of the patch tokens. A dropped token keeps the velocity
-          that was last predicted for it. So with 0%, 50% and 75%.
+  named 25%, template 25%  shares of the correct class, by two judges (judge.py), of 768 images,
+          when each step of the sampler drops a random 25% of the patch tokens. A dropped token
+          keeps the velocity that was last predicted for it. So with 0%, 50% and 75%.
 Images, noise and masks are the same for all networks. Into --out goes robust.json. If the
 command is killed, the same command continues. Five minutes a run, on one thread.
 """

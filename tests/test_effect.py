@@ -63,6 +63,20 @@ def test_the_judge_tells_real_shapes_from_noise_and_their_classes_from_each_othe
     assert judge.score(shifted)["named"] < 2
 
 
+def test_the_nearest_template_is_of_the_right_class_whatever_the_colors():
+    shapes = judge.other_shapes()[: 8 * COUNT]
+    asked = torch.arange(len(shapes)) % 8
+    assert (judge.name_by_template(shapes) == asked).double().mean() > 0.995
+    colorless = judge.remove_colors(shapes)
+    torch.testing.assert_close(colorless.norm(dim=1), torch.ones(len(shapes)).double())
+    other_colors = 40 + shapes.flip(1) // 2  # up to rounding
+    cosines = (colorless * judge.remove_colors(other_colors)).sum(dim=1)
+    assert cosines.min() > 0.999
+    real = judge.score(shapes)
+    shifted = judge.score(judge.other_shapes()[1 : 8 * COUNT + 1])
+    assert real["template"] > 99.5 and shifted["template"] < 1
+
+
 def test_the_judge_saw_none_of_the_shapes_it_compares_with():
     demo = ma.demo_shapes(24)
     assert len(demo) == judge.COUNT  # what the demo's teacher and the judge are trained on
@@ -151,6 +165,7 @@ def test_runs_that_are_there_are_only_judged(study, monkeypatch, command):
     places = [(p["method"], p["seed"], p["step"]) for p in result["points"]]
     assert places == [("reg", seed, step) for seed in (0, 1) for step in (2, 4)]
     assert all(p["fd"] > 0 and 0 <= p["named"] <= 100 for p in result["points"])
+    assert all(0 <= p["template"] <= 100 for p in result["points"])
     half, whole = (p["cpu_s"] for p in result["points"][:2])
     assert whole == pytest.approx(2 * half) and half > 0
     assert "commit" in result["machines"][0]
@@ -167,8 +182,8 @@ def test_one_seed_and_one_step_are_refused():
 
 def test_mean_and_standard_deviation_are_those_of_the_seeds():
     points = [
-        dict(method="reg", seed=0, step=5, cpu_s=2.0, fd=1.0, named=90.0),
-        dict(method="reg", seed=1, step=5, cpu_s=2.0, fd=3.0, named=92.0),
+        dict(method="reg", seed=0, step=5, cpu_s=2.0, fd=1.0, named=90.0, template=80.0),
+        dict(method="reg", seed=1, step=5, cpu_s=2.0, fd=3.0, named=92.0, template=80.0),
     ]
     (row,) = bands.summarise(points)["reg"]
     assert row["fd"] == pytest.approx((2, sqrt(2))) and row["cpu_s"] == (2, 0)
