@@ -83,8 +83,9 @@ def make_judge() -> tuple:
 def remove_colors(images: Tensor) -> Tensor:
     """Images uint8 (N, 3, 24, 24) -> unit vectors (N, 576), large where the shape is.
 
-    A pixel of a shape is background + inside * (color - background), and no shape reaches the
-    edge of its image. So the mean over pixels, less the background, points to the color.
+    A pixel is background + inside * (color - background), and only one shape in thousands
+    reaches the edge of its image. So the mean over pixels, less that of the edge, points to the
+    color.
     """
     x = images.double().permute(0, 2, 3, 1)  # (N, 24, 24, 3)
     edge = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], dim=1)  # (N, 96, 3)
