@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch import distributed as dist
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.inception import Inception3
 from tqdm import tqdm
 
@@ -219,11 +218,7 @@ Images = namedtuple("Images", "name count size files npz")
 
 def open_folder(path: str) -> Images:
     """The images at any depth, in natural order: 9.png comes before 10.png."""
-    files = []
-    for file in Path(path).rglob("*"):
-        hidden = any(part[0] == "." for part in file.relative_to(path).parts)
-        if file.suffix.lower() in IMG_EXTENSIONS and file.is_file() and not hidden:
-            files.append(str(file))
+    files = [file for file in ma.list_images(Path(path)) if os.path.isfile(file)]
     assert len(files) > 3, f"{path} has {len(files)} images: use 4 or more"
     files.sort(key=lambda x: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", x)])
     sizes = {open_image(file).size[::-1]: file for file in files}
@@ -232,7 +227,9 @@ def open_folder(path: str) -> Images:
 
 
 def open_image(file: str) -> Image.Image:
-    return Image.open(file, formats=ma.IMAGE_FORMATS)
+    image = Image.open(file, formats=ma.IMAGE_FORMATS)
+    assert image.mode[0] not in "IF", f"{file} ({image.mode}) would be clipped to 8 bits"
+    return image
 
 
 def read_image(file: str) -> np.ndarray:

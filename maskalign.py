@@ -640,9 +640,7 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
     side = config.latent_shape[1] // config.patch_size
     if config.teacher == "classifier":
         return train_classifier(config, dataset, side).to(device)
-    # timm reads Meta's names of weights, too. If one is missing, it says so for DINOv2, but
-    # not for a ViT that was published as a classifier.
-    how = dict(pretrained=True, num_classes=0)
+    how = dict(pretrained=True)  # reads Meta's names, too; no weight may be missing
     if config.teacher_weights:
         how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
     vit = timm.create_model(config.teacher, **how)
@@ -655,14 +653,15 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
 
 
 def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
-    """The teacher of the demo: a tiny ViT that learns to tell the classes."""
+    """A tiny ViT that learns to tell the classes."""
+    assert config.num_classes > 1, "a classifier needs 2 classes"
     torch.manual_seed(config.seed)
     tiny = dict(patch_size=4, embed_dim=64, depth=2, num_heads=4)
     vit = timm.models.VisionTransformer(4 * side, num_classes=config.num_classes, **tiny)
     teacher = ViTTeacher(vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # same rounding, so same teacher, in all processes
+    torch.set_num_threads(1)  # same rounding in all processes
     for _ in tqdm(range(config.teacher_steps), "training the teacher", disable=None):
         ids = torch.randint(len(dataset), (64,)).tolist()
         batch = default_collate([dataset[i] for i in ids])
@@ -771,7 +770,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def list_images(folder: Path) -> list:
     """Paths of images at any depth, without hidden files and linked folders."""
     paths = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=print):
         folders[:] = [name for name in folders if name[0] != "."]
         images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
         paths += [f"{place}/{name}" for name in images if name[0] != "."]
@@ -800,7 +799,9 @@ class FolderImages(Dataset):
     def __getitem__(self, i: int) -> dict:
         path, label = self.samples[i]
         try:
-            image = Image.open(path, formats=IMAGE_FORMATS).convert("RGB")
+            image = Image.open(path, formats=IMAGE_FORMATS)
+            assert image.mode[0] not in "IF", f"{image.mode} would be clipped to 8 bits"
+            image = image.convert("RGB")
         except Exception as error:
             raise OSError(f"{path}: {error}") from error
         crop = center_crop(image, self.config.image_size)
@@ -817,7 +818,6 @@ class FolderImages(Dataset):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> list:
-    """The order of count images in an epoch."""
     return torch.randperm(count, generator=seeded("cpu", "order", seed, epoch)).tolist()
 
 

@@ -6,8 +6,8 @@
   torchrun --nproc_per_node=8 sample.py CKPT --num_images 50000
 
 CKPT is a checkpoint of maskalign.py, or a published file of SiT, REPA, REG or SRA, which
-also needs --method and --size. By default, a grid takes 25 steps of the ODE and guidance 2.
---num_images takes 250 steps of the SDE and no guidance, as the papers.
+also needs --method and --size. A grid takes 25 steps of the ODE and guidance 2,
+--num_images 250 steps of the SDE and no guidance, as the papers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ import maskalign as ma
 
 
 # ---- 1. The samplers of the papers: from noise at t = 1 to latents at t = 0
-# Each is called as maskalign.euler_ode. guidance are keywords of `scales`. randn_like makes
-# the noise of a step.
+# Called as maskalign.euler_ode. guidance goes to `scales`, randn_like makes noise.
 def scales(t, cfg_scale=1.0, cls_cfg_scale=None, guidance_low=0.0, guidance_high=1.0):
     """Scales for x and cls at time t; 1 is none. cls_cfg_scale 0 is none, too, as in REG."""
     if not guidance_low <= t <= guidance_high:
@@ -115,7 +114,7 @@ class AutoencoderKL:
         self.scale = scale  # gives the latents a variance of about 1
         self.tensors = state_dict
         names = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-        for old, new in names.items():  # files from before 2023
+        for old, new in names.items():  # before 2023
             self.tensors = {k.replace(old, new): v for k, v in self.tensors.items()}
 
     def layer(self, name):
@@ -196,8 +195,7 @@ def load_vae(name: str, scale: float, device) -> AutoencoderKL:
 def load_checkpoint(path, kind=ma.Config, build_model=ma.SiT, **given) -> tuple:
     """The averaged network of a checkpoint, without its projector, and its config.
 
-    kind, build_model: those of a fork. given: settings of a published file, with size and
-    method (sit for the original SiT, repa, reg, sra).
+    kind, build_model: those of a fork. given: settings of a published file.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -219,7 +217,7 @@ def load_checkpoint(path, kind=ma.Config, build_model=ma.SiT, **given) -> tuple:
 
 
 def from_official(state_dict: dict) -> dict:
-    """A state dict of SiT, REPA, REG or SRA in our names. Our own stays as it is."""
+    """A state dict of SiT, REPA, REG, SRA or ours, in our names."""
     names = {"module.": "", "_orig_mod.": "", "embedding_table.": ""}
     names |= {"projectors.0.": "projector.", "cls_projectors2.": "cls_embedder."}
     names |= {"wg_norm.": "cls_norm.", "linear_cls.": "cls_head."}
@@ -233,14 +231,14 @@ def from_official(state_dict: dict) -> dict:
 
 def read_published(path, state: dict, args, given: dict) -> tuple[dict, ma.Config]:
     """Weights in our convention, and config. The args in the file are believed."""
-    args = vars(args or argparse.Namespace())
+    args = dict(model=os.path.basename(path)) | vars(args or argparse.Namespace())
     told = [str(args.get(name, "")) for name in ("prediction", "path_type", "model")]
     fits = told[0] in ("", "v", "velocity") and told[1].lower() in ("", "linear")
     assert fits and "DiT" not in told[2], f"{path}: {told} is no velocity on a linear path"
     assert given.get("size") and given.get("method"), f"{path}: give --size and --method"
     table = state["y_embedder.weight"]
     given = dict(given, num_classes=args.get("num_classes", len(table) - 1))
-    if len(table) == given["num_classes"]:  # no null class was trained, so no guidance
+    if len(table) == given["num_classes"]:  # no null class, so no guidance
         state["y_embedder.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
         given["label_dropout"] = 0.0
     if given["method"] == "sit":
@@ -257,6 +255,8 @@ def from_original_sit(state: dict) -> dict:
     sin wt go into the first layer of the time MLP. The velocity changes its sign. Of twice
     the channels (learn_sigma), SiT uses the first half.
     """
+    heads = [name for name in state if name.startswith(("projector", "ap_head"))]
+    assert not heads, f"{heads[0]} is no weight of SiT: choose another --method"
     state = dict(state)
     weight = state["t_embedder.mlp.0.weight"]
     w = torch.exp(-math.log(10000.0) * torch.arange(128) / 128).double()
@@ -308,7 +308,7 @@ def draw_rows(images: np.ndarray, names: list) -> Image.Image:
     """uint8 (R, C, H, W, 3) -> a picture of R rows, each with a name."""
     rows, columns, height, width, _ = images.shape
     tiles = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2)
-    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // height))  # large pixels
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // height))
     grid = torchvision.utils.make_grid(tiles, columns, pad_value=255)
     picture = Image.new("RGB", (grid.shape[2] + 80, grid.shape[1]), "white")
     picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (80, 0))
@@ -336,8 +336,7 @@ def draw_trajectory(job: Job, classes: list, names: list, path: Path):
 def write_many(job: Job, settings: str, out: Path, rank: int, world_size: int):
     """An npz of arr_0, uint8 (N, H, W, 3), and settings, JSON text.
 
-    At first each batch is a file, in a folder of these settings. After a kill, the same
-    command generates those that are missing.
+    Each batch is a file at first. After a kill, the same command makes the missing ones.
     """
     if out.exists():
         with np.load(out) as file:
@@ -362,7 +361,7 @@ def write_many(job: Job, settings: str, out: Path, rank: int, world_size: int):
 
 
 def join(files: list, count: int, settings: str, out: Path) -> None:
-    """Batches -> npz, one by one, so memory stays flat."""
+    """Batches -> npz, one by one."""
     shape = (count, *torch.load(files[0]).shape[1:])
     beside = f"{out}.{os.getpid()}.tmp"
     with zipfile.ZipFile(beside, "w") as archive:
@@ -381,14 +380,15 @@ def parse_args(argv, samplers: dict) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s CKPT ...", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     n = dict(type=int, metavar="N")
     x = dict(type=float, metavar="X")
-    add("checkpoint", metavar="CKPT", help="latest.pt of a run, or a published file")
+    add("checkpoint", metavar="CKPT", help="see above")
     add("--out", metavar="FILE", help="file to write [grid.png beside CKPT; samples.npz]")
-    add("--classes", default="", metavar="NAMES", help="names or numbers, as 3,ring")
+    either("--classes", default="", metavar="NAMES", help="names or numbers, as 3,ring")
     add("--per_class", **n, default=8, help="images per row [8]")
     add("--trajectory", action="store_true", help="show noise becoming images")
-    add("--num_images", **n, default=0, help="as many, no grid")
+    either("--num_images", **n, default=0, help="as many, no grid")
     add("--labels", choices=["random", "balanced"], default="random", help="of these")
     add("--batch_size", **n, default=64, help="of these [64]")
     add("--sampler", choices=samplers, help="see above")

@@ -1,6 +1,7 @@
 """Data: shapes, crops, folders as they are found in the wild, and latents that keep themselves."""
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -102,12 +103,51 @@ def test_folder_classes_are_its_sorted_subfolders_with_or_without_train(tmp_path
     assert len(plain) == len(split) == 6 and plain[5]["label"] == 1
 
 
-@pytest.mark.parametrize("suffix", [".JPEG", ".jpg", ".png", ".webp", ".bmp", ".tif", ".ppm"])
+@pytest.mark.parametrize(
+    "suffix", [".JPEG", ".JPG", ".jpg", ".png", ".webp", ".bmp", ".tif", ".ppm"]
+)
 def test_formats_of_photographs_are_read(suffix, tmp_path):
     (tmp_path / "only").mkdir()
     Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "only" / f"x{suffix}")
     crop = images_of(tmp_path)[0]["image"]
     assert (crop.float().mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 8
+
+
+@pytest.mark.parametrize(
+    "kind, suffix", [("uint16", "png"), ("uint16", "tif"), ("int32", "tif"), ("float32", "tif")]
+)
+def test_an_image_that_8_bits_would_clip_is_refused_and_never_white_or_black(
+    kind, suffix, tmp_path
+):
+    ramp = np.linspace(0, 1 if kind == "float32" else 65535, 1200).reshape(30, 40)
+    (tmp_path / "only").mkdir()
+    Image.fromarray(ramp.astype(kind)).save(tmp_path / "only" / f"x.{suffix}")
+    with pytest.raises(OSError, match=f"only/x.{suffix}: "):
+        images_of(tmp_path)[0]
+
+
+def test_an_image_is_read_as_its_pixels_are_stored_as_adm_does(tmp_path):
+    """Neither turned by its EXIF, nor laid over black where it is transparent. Of several frames
+    the first counts."""
+    folder = tmp_path / "only"
+    folder.mkdir()
+    left_red = Image.new("RGB", (40, 40))
+    left_red.paste((255, 0, 0), (0, 0, 20, 40))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    left_red.save(folder / "0.jpg", exif=turned, quality=95)
+    left_red.save(
+        folder / "1.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (40, 40))]
+    )
+    clear = left_red.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(folder / "2.png")
+    films = dict(save_all=True, append_images=[Image.new("RGB", (40, 40))], lossless=True)
+    left_red.save(folder / "3.webp", **films)
+    images = images_of(folder.parent)
+    for i in range(4):
+        red = images[i]["image"][0].float()
+        assert red[:, :6].mean() > 245 and red[:, -6:].mean() < 10, i
 
 
 def test_no_image_file_can_start_a_program(tmp_path):
@@ -159,16 +199,56 @@ def test_a_link_to_the_folder_above_adds_no_image_and_a_linked_class_counts(tmp_
     assert data.classes == ["a", "b"] and labels_of(data) == [0] * 3 + [1] * 3
 
 
-@pytest.mark.parametrize("place", ["dataset.json", "images/dataset.json"])
-def test_a_folder_whose_labels_stand_in_a_file_is_refused(place, tmp_path):
+@pytest.mark.parametrize("given", ["a/images", "a", "b"])
+def test_a_folder_whose_labels_stand_in_a_file_is_refused(given, tmp_path):
     """As EDM's and REPA's dataset tools write it: its folders are no classes."""
-    make_folder(tmp_path / "images", ("00000", "00001"))
-    (tmp_path / place).write_text('{"labels": []}')
-    folder = tmp_path if place.startswith("images") else tmp_path / "images"
-    if not place.startswith("images"):
-        os.rename(tmp_path / place, folder / place)
+    for place in ("a/images", "b/train"):
+        make_folder(tmp_path / place, ("00000", "00001"))
+        (tmp_path / place / "dataset.json").write_text('{"labels": []}')
     with pytest.raises(AssertionError, match="dataset.json"):
-        images_of(folder)
+        images_of(tmp_path / given)
+
+
+def test_a_folder_inside_a_class_that_cannot_be_read_is_told(tmp_path, monkeypatch, capsys):
+    folder = Path(make_folder(tmp_path, ("a", "a/shut", "b")))
+    scandir = os.scandir
+
+    def refuse(place):  # as for a user who may not read it; root may
+        if str(place).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(images_of(folder)) == 6
+    assert f"Permission denied: '{folder}/a/shut'" in capsys.readouterr().out
+
+
+def test_names_may_have_any_character_and_links_to_files_count(tmp_path):
+    names = ["[x]", "*", "a, b", "caf\udce9", "new\nline", "\u732b"]  # the fourth is no UTF-8
+    folder = Path(make_folder(tmp_path / "data", names, per_class=1))
+    shutil.copy(folder / "*/0.png", folder / "*/\udcff.png")
+    os.symlink("0.png", folder / "*/link.png")
+    data = images_of(folder)
+    assert data.classes == sorted(names) and labels_of(data) == [0, 0, 0, 1, 2, 3, 4, 5]
+    assert all(data[i]["image"].shape == (3, 16, 16) for i in range(8))
+    config = make_config(data=str(folder), vae="x")
+    assert len({maskalign.latent_file(config, path) for path, _ in data.samples}) == 8
+    os.symlink("gone.png", folder / "[x]/9.png")
+    with pytest.raises(OSError, match="x]/9.png: .*No such file"):
+        images_of(folder)[4]
+
+
+def test_what_a_worker_gets_can_be_pickled(tmp_path):
+    """So that workers may be started by spawn or forkserver, too."""
+    for data in (images_of(make_folder(tmp_path)), demo_shapes(24)):
+        again = pickle.loads(pickle.dumps(data))
+        assert torch.equal(again[3]["image"], data[3]["image"]) and again.classes == data.classes
+
+
+def test_one_image_is_a_data_set_with_batches_larger_than_it(tmp_path):
+    data = images_of(make_folder(tmp_path, ("only",), per_class=1))
+    assert len(data) == 1 and data.classes == ["only"] and data[0]["label"] == 0
+    assert batches(make_config(batch_size=3, steps=2), len(data)) == [[0, 0, 0]] * 2
 
 
 def test_a_missing_flat_or_empty_folder_is_told_by_its_name(tmp_path):

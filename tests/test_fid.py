@@ -246,6 +246,7 @@ def test_two_processes_judge_as_one_and_by_a_reference_of_adm_as_adm_does(quick)
     ranks = [r.end() for r in start_ranks(2, "fid.py", "x.npz", *argv, before=hardly_trained)]
     assert [status for status, *_ in ranks] == [0, 0], ranks
     assert "fid" in ranks[0][1] and not ranks[1][1]
+    assert not any("%" in errors for *_, errors in ranks), "no bar where no terminal is"
     two = json.loads(Path("two.json").read_text())
     for found in (one, two):
         for key, other in (("fid", of_full), ("sfid", of_full), ("recall", of_cut)):
@@ -327,6 +328,36 @@ def test_images_of_other_modes_are_converted_as_in_training(tmp_path):
         batch.shape == (4, 24, 24, 3)
         and (batch == torch.from_numpy(np.array(grey))[..., None])[[0, 1, 3]].all()
     )
+
+
+def test_images_that_8_bits_would_clip_are_refused_before_work(no_network):
+    save_folder("x", pictures(5))
+    Image.fromarray(np.full((24, 24), 30_000, np.uint16)).save("x/2.png")
+    assert no_network("x", "--ref=good.npz").startswith("x/2.png (I;16)")
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch, capsys):
+    save_folder(tmp_path, pictures(5))
+    save_folder(tmp_path / "shut", pictures(5))
+    scandir = os.scandir
+
+    def refuse(place):  # as for a user who may not read it; root may
+        if str(place).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert fid.open_folder(str(tmp_path)).count == 5
+    assert "Permission denied" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_in_an_npz_is_an_error(tmp_path):
+    np.savez(tmp_path / "x.npz", pictures(40))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[len(content) // 2 + 9000] ^= 1  # of an image of the second half
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(zipfile.BadZipFile, match="CRC"):
+        list(fid.read_batches(fid.open_npz(str(tmp_path / "x.npz")), 0, 40, 10))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

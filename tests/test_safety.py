@@ -272,6 +272,19 @@ def test_ranks_that_found_other_steps_never_train(tmp_path):
     assert contents(one) == before and not contents(two)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whichever_rank_lacks_the_checkpoint_both_stop(rank, tmp_path, monkeypatch):
+    others = [0, 4] if rank == 0 else [4, 0]
+
+    def gather(found, step):
+        assert step == others[rank] == 0
+        found[:] = others
+
+    monkeypatch.setattr(maskalign.dist, "all_gather_object", gather)
+    with pytest.raises(AssertionError, match="steps .* all must share"):
+        maskalign.load_checkpoint(config(tmp_path), {}, rank, 2)
+
+
 def test_another_number_of_workers_steps_and_lines_decides_nothing(whole, tmp_path):
     """Equal to the bit, also when that changes on the way."""
     train(config(tmp_path, steps=3, workers=1, log_every=2, save_every=1))

@@ -231,6 +231,35 @@ def test_labels_are_random_by_default_and_balanced_on_request(checkpoint, tmp_pa
     assert set(random) == set(range(8)) and random != balanced
 
 
+def test_classes_are_not_chosen_for_many_images(checkpoint, tmp_path, capsys):
+    """They are of all classes: to ignore the choice would be silent and wrong."""
+    for classes in ("--classes=3", "--classes=ring,disc"):
+        with pytest.raises(SystemExit):
+            many(checkpoint, tmp_path / "x.npz", "--num_images=2", classes)
+    assert "not allowed with" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_one_class_is_drawn_and_balanced_as_any_number_is(tmp_path):
+    path = save(make_config(**TINY, num_classes=1, z_dim=64), tmp_path / "latest.pt")
+    run(path, "--per_class=2")
+    assert Image.open(tmp_path / "grid.png").size == (2 * 98 + 2 + 80, 98 + 2)
+    random = many(path, tmp_path / "a.npz", "--num_images=3")
+    balanced = many(path, tmp_path / "b.npz", "--num_images=3", "--labels=balanced")
+    assert np.array_equal(random, balanced)
+
+
+@pytest.mark.parametrize("vae", ["none", "stabilityai/sd-vae-ft-ema"])
+def test_a_vae_that_does_not_fit_the_network_is_an_error(vae, tmp_path, monkeypatch):
+    """Pixels for a network of latents, and the other way round."""
+    other = "x" if vae == "none" else "none"
+    own = dict(image_size=32, patch_size=4, num_classes=1, z_dim=64, vae=other)
+    path = save(make_config(**TINY, **own), tmp_path / "latest.pt")
+    monkeypatch.setattr(maskalign, "build_vae", lambda config, device: None)
+    with pytest.raises((AssertionError, RuntimeError)):
+        run(path, f"--vae={vae}", "--per_class=1")
+    assert not (tmp_path / "grid.png").exists()
+
+
 def test_defaults_are_a_quick_grid_and_the_papers_setting():
     grid = sample.parse_args(["x"], SAMPLERS)
     paper = sample.parse_args(["x", "--num_images=9"], SAMPLERS)
@@ -267,7 +296,15 @@ def test_guidance_is_refused_where_no_null_class_was_trained(tmp_path):
 def test_a_tilde_is_the_home_folder(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(checkpoint.parent))
     run("~/latest.pt", "--per_class=1", "--out=~/tilde.png")
-    assert (checkpoint.parent / "tilde.png").exists()
+    run("~/latest.pt", "--num_images=1", "--out=~/tilde.npz")
+    assert (checkpoint.parent / "tilde.png").exists() and (checkpoint.parent / "tilde.npz").exists()
+
+    def build_vae(config, device):
+        raise FileNotFoundError(config.vae)
+
+    monkeypatch.setattr(maskalign, "build_vae", build_vae)
+    with pytest.raises(FileNotFoundError, match=str(checkpoint.parent / "vae.pth")):
+        run("~/latest.pt", "--vae=~/vae.pth")
 
 
 # ---- checkpoints
@@ -399,9 +436,71 @@ def test_a_label_table_without_a_null_row_has_all_its_classes_and_no_guidance(tm
     assert len(model.y_embedder.weight) == 12
     last = weights(case)["y_embedder.embedding_table.weight"][-1]
     assert torch.equal(model.y_embedder.weight[10].double(), last)
+    assert sample.parse_classes("10", config) == [10]
     with_null = published(case, tmp_path / "y.pt", num_classes=10)
     _, config = load_checkpoint(with_null, **told(case))
     assert config.num_classes == 10 and config.label_dropout > 0
+
+
+FILES = dict(sit="forward/sit_original_learn_sigma", repa="forward/repa_tiny8")
+FILES |= dict(reg="forward/reg_tiny8", sra="loss/sra_linear")
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("method", FILES)
+def test_a_published_file_is_never_read_by_a_method_of_another_time(kind, method, tmp_path):
+    """SiT's time runs the other way: REPA's network would turn noise into noise. SRA is REPA to a
+    sampler, which needs no projector."""
+    case = CASES[FILES[kind]]
+    torch.save(dict(ema=weights(case)), tmp_path / "x.pt")
+    settings = dict(told(case), method=method)
+    if kind == method or {kind, method} == {"repa", "sra"}:
+        model, _ = load_checkpoint(tmp_path / "x.pt", **settings)
+        same = torch.equal(model.t_embedder.mlp[0].weight, weights(case)[TIME].float())
+        assert same == (kind != "sit")
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            load_checkpoint(tmp_path / "x.pt", **settings)
+
+
+TIME = "t_embedder.mlp.0.weight"
+
+
+def test_the_published_dit_which_has_no_args_is_known_by_its_name(tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]  # its tensors have the same names and shapes
+    folder = tmp_path / "DiT"
+    folder.mkdir()
+    path = published(case, folder / "DiT-XL-2-256x256.pt", wrap=False)
+    with pytest.raises(AssertionError, match="no velocity"):
+        load_checkpoint(path, **told(case))
+    load_checkpoint(published(case, folder / "SiT-XL-2-256x256.pt", wrap=False), **told(case))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: dict(model=state, opt={}),  # raw weights are not the average
+        lambda state: dict(ema_model=state),
+        lambda state: dict(state_dict=state),
+        lambda state: dict(model=state, ema=None),
+        lambda state: dict(ema=dict(module=state)),
+        lambda state: dict(ema=state, config=dict(size="demo", hidden_size=96, depth=2)),
+        lambda state: dict(ema=state, args=dict(prediction="noise")),
+        lambda state: dict(ema=state, args=argparse.Namespace(num_classes=5)),
+    ],
+)
+def test_a_file_of_another_layout_is_an_error_and_not_a_guess(wrap, tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]
+    torch.save(wrap(weights(case)), tmp_path / "x.pt")
+    with pytest.raises((KeyError, AttributeError, RuntimeError, TypeError)):
+        load_checkpoint(tmp_path / "x.pt", **told(case))
+
+
+def test_a_published_file_of_another_size_of_image_is_an_error(tmp_path):
+    case = CASES["forward/sit_original_learn_sigma"]
+    path = published(case, tmp_path / "x.pt", wrap=False)
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        load_checkpoint(path, **dict(told(case), image_size=128))
 
 
 def test_a_published_file_needs_to_be_told_its_size_and_method(tmp_path):

@@ -235,6 +235,21 @@ def test_another_data_set_in_the_same_run_folder_is_told(tmp_path, capsys):
     assert f"data {tmp_path}/a -> {tmp_path}/b" in capsys.readouterr().out
 
 
+def test_renamed_classes_are_told_and_another_number_of_them_is_an_error(tmp_path, capsys):
+    where = dict(vae="none", image_size=16, workers=0, method="sit", out=str(tmp_path / "run"))
+    data = tmp_path / "data"
+    config = make_config(data=str(data), **{**TINY, **where, "steps": 1})
+    make_folder(data, ("ant", "cat"))
+    train(config)
+    os.rename(data / "ant", data / "dog")
+    train(config)  # no step is left to do
+    shown = capsys.readouterr().out
+    assert "class_names ('ant', 'cat') -> ('cat', 'dog')" in shown and "2 classes (cat, " in shown
+    make_folder(data, ("eel",))
+    with pytest.raises(RuntimeError, match="y_embedder.weight"):
+        train(config)
+
+
 def test_two_processes_follow_one(one_run, tmp_path):
     """Same images, noise, masks and dropped labels; the sums differ by rounding alone."""
     finish(start_ranks(2, "maskalign.py", *TINY_FLAGS, f"--out={tmp_path}/two"))
@@ -268,7 +283,7 @@ def test_the_readme_demo_command_runs_resumes_and_makes_its_picture(readme_demo,
     status, shown, errors = program.end()
     assert status == 0, errors
     first, *_, last = shown.splitlines()
-    for told in ("maskalign (demo)", "1 x cpu", "8192 images", "no --data", "8 classes (disc, "):
+    for told in ("maskalign (demo)", "1 x cpu", "8192 images", "of the demo", "8 classes (disc, "):
         assert told in first
     assert "steps 0 to 6" in first and str(out) in first and str(out) in last
     assert "\r" not in errors and "it/s" not in errors, "no bar where no terminal is"
