@@ -77,11 +77,15 @@ def torchrun(count, script, *argv):
 def start_ranks(count, script, *argv, before=None, **options):
     """`torchrun --nproc_per_node=COUNT SCRIPT` without torchrun: a Program for each rank. `before`
     may be a list, of one function for each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    taken = socket.socket()  # kept as long as the ranks, so that no other program gets its port
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # but the first rank does
+    taken.bind(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
     one = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     one |= dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), **options)
     first = before if isinstance(before, list) else [before] * count
     ranks = [dict(one, RANK=str(i), LOCAL_RANK=str(i), before=first[i]) for i in range(count)]
-    return [Program(script, *argv, **rank) for rank in ranks]
+    programs = [Program(script, *argv, **rank) for rank in ranks]
+    for program in programs:
+        program.taken = taken
+    return programs

@@ -50,7 +50,7 @@ TINY = dict(
     hidden_size=32,
     num_heads=2,
     projector_dim=16,
-    teacher_steps=2,
+    teacher_steps=1,
     preview_steps=1,
     log_every=1,
 )

@@ -77,7 +77,8 @@ def command(monkeypatch, capsys):
     torch.set_num_threads(threads)
 
 
-def test_table_has_a_row_for_each_method(command, tmp_path):
+def test_table_has_a_row_for_each_method(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "matrix_rate", lambda device: 1e9)  # which takes seconds
     out = tmp_path / "t.json"
     text = command("--batch_size=2", "--depth=3", "--steps=1", f"--json={out}")
     assert out.exists() and "commit" in text.splitlines()[0]
@@ -85,6 +86,15 @@ def test_table_has_a_row_for_each_method(command, tmp_path):
     for half in (random, teacher):
         names = [line.split()[0] for line in half.splitlines() if line.strip()]
         assert [name for name in names if name in METHODS] == list(METHODS)
+
+
+def test_matrix_rate_is_that_of_the_fastest_product(monkeypatch):
+    def seconds(device, products):
+        assert next(products).shape == (2048, 2048)
+        return [4.0, 2.0, 3.0]
+
+    monkeypatch.setattr(rates, "seconds_of_each", seconds)
+    assert rates.matrix_rate(CPU) == 2 * 2048**3 / 2.0
 
 
 def test_rates_of_loader_encoder_and_sampler_are_measured(
@@ -150,7 +160,7 @@ def test_the_timed_step_is_that_of_train(method, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", ["maskalign", "sit"])
 def test_shapes_are_static_so_that_compile_never_compiles_again(method):
-    config = make_config(method=method, batch_size=2, depth=3)
+    config = make_config(method=method, batch_size=2, depth=1, align_depth=1)
     step = table4.Step(config, CPU)
     step.model.compile(backend="eager", fullgraph=True)
     step()
@@ -180,7 +190,8 @@ class Valueless(FakeTensorMode):
 @pytest.mark.parametrize("method", ["maskalign", "sit"])
 def test_no_step_of_train_waits_for_a_value_until_the_log_asks(method, tmp_path, monkeypatch):
     """On a GPU such a step is only queued: .item(), nonzero() or an if on a loss would stall it."""
-    config = make_config(method=method, depth=3, batch_size=2, log_every=3, out=str(tmp_path))
+    small = dict(depth=1, align_depth=1, batch_size=2)
+    config = make_config(method=method, log_every=3, out=str(tmp_path), **small)
     teacher = rates.make_teacher(config, CPU)
     shapes = ma.demo_shapes(24, 64)  # made here, since in the mode they would have no values
     monkeypatch.setattr(ma, "demo_shapes", lambda size: shapes)
