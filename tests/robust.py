@@ -196,7 +196,8 @@ def parse_args(argv: list | None = None) -> argparse.Namespace:
     steps = [500, 1000, 2000]
     add("runs", metavar="DIR", help="the folder of effect.py")
     add("--methods", nargs="+", default=four, choices=names, metavar="NAME", help=", ".join(names))
-    add("--steps", type=int, nargs="+", default=steps, metavar="N", help="[500 1000 2000]")
+    text = "checkpoints to measure [500 1000 2000]"
+    add("--steps", type=int, nargs="+", default=steps, metavar="N", help=text)
     add("--out", default="", metavar="DIR", help="folder to write into [that of effect.py]")
     return parser.parse_args(argv)
 
