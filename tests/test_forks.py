@@ -171,7 +171,7 @@ def test_n_steps_and_n_more_equal_2n_steps(fork, tmp_path):
 def test_two_processes_follow_one_or_are_refused(fork):
     """A loss that is no mean over images needs all of them, or refuses to have two processes."""
     ends = [rank.end() for rank in fork.ranks]
-    if any(status for status, _, _ in ends):
+    if "rng.parts" in fork.path.read_text():  # it asks how many processes there are
         assert not (fork.two / "log.jsonl").exists(), ends  # it refuses before the first step
         for _, _, errors in ends:
             said = re.findall(r"^AssertionError: (.*)$", errors, re.M)
@@ -208,7 +208,7 @@ def test_every_size_has_a_row(size, fork):
 
 def test_it_is_short_and_no_copy_of_maskalign(fork):
     lines = fork.path.read_text().splitlines()
-    assert len(lines) <= 150, "too long for a fork: see 'When to copy instead' in its README.md"
+    assert len(lines) <= 150, "too long for a fork: see 'When the hooks are not enough'"
     assert "python tests/forks/" in fork.module.__doc__ and "arXiv" in fork.module.__doc__
 
     def runs_of_six(text):
@@ -232,21 +232,61 @@ def test_it_patches_nothing_and_does_nothing_when_it_is_imported(fork):
 PAGE = Path(ROOT, "tests", "forks", "README.md").read_text()
 
 
-def test_the_page_on_forks_tells_its_length_and_the_functions_it_hands_over(fork):
-    row = f"| [`{fork.name}.py`]({fork.name}.py) |"
-    told = [line for line in PAGE.splitlines() if line.startswith(row)]
-    own = ", ".join(f"`{name}`" for name in fork.functions)
-    ends = f"| {own} | {len(fork.path.read_text().splitlines())} |"
-    assert len(told) == 1 and told[0].endswith(ends), (
-        f"add a row to the table of tests/forks/README.md, or correct it: {row} its paper {ends}"
-    )
+def row_of(start):
+    """The cells of the only row of the page that starts with this cell."""
+    rows = [line for line in PAGE.splitlines() if line.startswith(f"| {start} |")]
+    assert len(rows) == 1, f"tests/forks/README.md has {len(rows)} rows for {start}"
+    return [cell.strip() for cell in rows[0].split("|")[1:-1]]
 
 
-def test_the_code_on_the_page_on_forks_stands_in_layersync():
-    steps = PAGE.partition("## Five steps")[2].partition("\n## ")[0]
-    shown = "".join(re.findall(r"```python\n(.*?)```", steps, re.S)).splitlines()
-    lines = iter(Path(layersync.__file__).read_text().splitlines())
-    assert len(shown) > 20 and all(line in lines for line in shown)  # and in the same order
+def test_the_page_on_forks_tells_its_paper_its_functions_and_its_length(fork):
+    _, method, differs, functions, lines = row_of(f"[`{fork.name}.py`]({fork.name}.py)")
+    paper = re.search(r"arXiv \d{4}\.\d{5}", fork.module.__doc__).group()
+    assert method.endswith(f", {paper}") and differs
+    assert functions == ", ".join(f"`{name}`" for name in fork.functions)
+    assert int(lines) == len(fork.path.read_text().splitlines())
+
+
+def test_the_page_on_forks_tells_its_extra_parameters_and_fids(fork):
+    with torch.device("meta"):
+        plain = maskalign.SiT(make_config(data="x", size="SiT-B/2", method="sit"))
+        model = fork.build_model(make_config(fork.kind, data="x", size="SiT-B/2"))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    of_training = sum(n for name, n in sizes.items() if name.startswith("projector"))
+    extra = sum(sizes.values()) - sum(p.numel() for p in plain.parameters())
+    told = [f"{n / 1e6:.1f}M" if n else "0" for n in (extra, extra - of_training)]
+    _, parameters, fids, _ = row_of(f"`{fork.name}`")
+    assert parameters == " / ".join(told)
+    assert re.fullmatch(r"(-|[\d.]+) / (-|[\d.]+)", fids)
+
+
+@pytest.mark.parametrize("module, heading", [(layersync, "Five steps"), (dispersive, "A loss")])
+def test_the_code_on_the_page_on_forks_stands_in_a_fork(module, heading):
+    section = PAGE.partition(f"## {heading}")[2].partition("\n## ")[0]
+    shown = "".join(re.findall(r"```python\n(.*?)```", section, re.S)).splitlines()
+    lines = iter(Path(module.__file__).read_text().splitlines())
+    assert len(shown) > 5 and all(line in lines for line in shown)  # and in the same order
+
+
+def test_the_teachers_that_the_page_on_forks_names_have_as_many_tokens_as_we_have_patches(
+    monkeypatch,
+):
+    """Without their weights, and on the meta device, which computes nothing but shapes."""
+    create = maskalign.timm.create_model
+    shapes_alone = functools.partial(create, pretrained=False)
+    monkeypatch.setattr(maskalign.timm, "create_model", lambda name, **how: shapes_alone(name))
+    names = re.findall(r"--teacher (vit\S+)`", PAGE)
+    assert len(names) == 3
+    for name in [*names, "vit_base_patch16_siglip_gap_224.webli"]:
+        config = make_config(data="x", teacher=name, class_token=False)
+        with torch.device("meta"):
+            if "siglip" in name:
+                with pytest.raises(AssertionError, match="has no class token"):
+                    maskalign.load_teacher(config, None, "meta")
+                continue
+            teacher = maskalign.load_teacher(config, None, "meta")
+            z = teacher(torch.zeros(2, 3, 256, 256, dtype=torch.uint8))
+        assert z.shape == (2, 1 + 256, teacher.dim)
 
 
 # ---- Networks with official or made-up weights, and losses of numbers that a test has chosen
