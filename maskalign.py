@@ -625,7 +625,7 @@ class ViTTeacher(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, images):
-        x = images.to(self.vit.cls_token.dtype) / 255
+        x = images.to(self.mean.dtype) / 255
         x = (x - self.mean) / self.std  # before resizing, as REPA
         x = F.interpolate(x, self.vit.patch_embed.img_size, mode="bicubic")
         tokens = self.vit.forward_features(x)
@@ -644,7 +644,7 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
     if config.teacher_weights:
         how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
     vit = timm.create_model(config.teacher, **how)
-    assert vit.cls_token is not None, f"teacher {config.teacher} has no class token"
+    assert vit.cls_token is not None or not config.class_token, "teacher has no class token"
     # At this size of the image it has exactly our T patches.
     size = side * vit.patch_embed.patch_size[0]
     vit.set_input_size((size, size))

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from golden_cases import CASES, assert_golden, inputs
+from torch.nn.functional import interpolate
 
 import maskalign
 from maskalign import ViTTeacher, build_vae, decode_latents, demo_shapes, load_teacher, make_config
@@ -135,12 +136,22 @@ def test_dinov2_with_registers_is_read_from_metas_names_and_they_are_left_out(tm
     assert teacher.vit.num_prefix_tokens == 5 and tokens.shape == (1, 17, 384)
 
 
-def test_a_teacher_without_class_token_is_refused(tmp_path, monkeypatch):
+def test_a_teacher_without_class_token_serves_methods_that_need_none(monkeypatch):
+    """They use all of z but its first token. With the class token of REG it is refused."""
     tiny = dict(embed_dim=32, depth=1, num_heads=2, class_token=False, global_pool="avg")
     vit = maskalign.timm.models.VisionTransformer(**tiny)  # as SigLIP's, but small
+    vit.pretrained_cfg = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     monkeypatch.setattr(maskalign.timm, "create_model", lambda name, **options: vit)
-    with pytest.raises(AssertionError, match="vit_siglip has no class token"):
-        teacher_of(tmp_path / "siglip.pth", "vit_siglip", grid=4)
+    config = make_config(method="repa", teacher="vit_siglip", image_size=24)
+    teacher = maskalign.load_teacher(config, None, "cpu")
+    images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        z = teacher(images)
+        resized = interpolate(images / 127.5 - 1, vit.patch_embed.img_size, mode="bicubic")
+        torch.testing.assert_close(z[:, 1:], vit.forward_features(resized))
+    assert z.shape == (2, 37, 32)
+    with pytest.raises(AssertionError, match="no class token"):
+        maskalign.load_teacher(make_config(teacher="vit_siglip"), None, "cpu")
 
 
 @pytest.mark.parametrize("load", [teacher_of, lambda path: load_vae(str(path), 1.0, "cpu")])
