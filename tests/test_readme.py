@@ -13,7 +13,6 @@ import torch
 from torch.distributed.run import get_args_parser
 
 import fid
-import maskalign
 import sample
 from maskalign import Config, SiT, make_config, parse_config
 
