@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 96  # pixels of a shape
 PATCH = 12  # pixels of a patch, so there are 8 x 8
 GAP = 3  # pixels between patches that are drawn apart
-GREY = (226, 226, 226)  # a dropped token
+GREY = (205, 205, 205)  # a dropped token
 BLUE = (66, 103, 178)  # a token of the network that is trained
 ORANGE = (214, 126, 44)  # a token of the frozen teacher
 FRAME = (120, 120, 120)
@@ -62,9 +62,9 @@ def mask_columns(t: float) -> dict:
     ids_keep = ma.sample_token_subset(scores, ma.Config.mask_ratio)
     return {
         "what the teacher sees": x,
-        f"x_t, here at t = {t}": x_t,
+        f"x_t: with noise, t = {t}": x_t,
         "what the mixing blocks see": spread_patches(patches),
-        "what the other blocks see": spread_patches(patches, ids_keep),
+        "kept after mixing": spread_patches(patches, ids_keep),
     }
 
 
@@ -135,7 +135,7 @@ def draw_towers() -> Image.Image:
     middle = left + STEP * (TOKENS + 1) // 2
     middle_right = right + STEP * (TOKENS + 1) // 2
 
-    write(draw, middle, 26, "SiT, trained: x_t, and the class token with noise")
+    write(draw, middle, 26, "SiT (trained) gets x_t and the noisy class token")
     draw_tokens(draw, left, 54, BLUE, everything)
     draw_arrow(draw, (middle, 92), (middle, 126))
     draw_box(draw, left, 128, 72, "2 mixing blocks, all tokens", BLUE)
@@ -154,9 +154,9 @@ def draw_towers() -> Image.Image:
     draw_arrow(draw, (middle, 982), (middle, 1016))
     draw_tokens(draw, left, 1024, BLUE, kept)
     write(draw, middle, 1086, "velocities of kept patches and class token")
-    write(draw, middle, 1122, "loss: squared error to noise - x (Eq. 10)")
+    write(draw, middle, 1122, "loss: squared error to noise - x")
 
-    write(draw, middle_right, 26, "DINOv2, frozen: the clean image")
+    write(draw, middle_right, 26, "DINOv2 (frozen) gets the clean image")
     draw_tokens(draw, right, 54, ORANGE, everything, cls=False)
     draw_arrow(draw, (middle_right, 92), (middle_right, 126))
     draw_box(draw, right, 128, 408, "the teacher", ORANGE)
@@ -170,11 +170,20 @@ def draw_towers() -> Image.Image:
     draw_arrow(draw, (860, 69), (left + STEP * (TOKENS + 1) + 16, 69), ORANGE)
     draw.text((876, 96), "+ noise", ORANGE, font_size=26, anchor="lm")
 
-    # The alignment.
+    # The alignment: nothing flows, two rows are compared.
     end = left + STEP * (TOKENS + 1)
     draw_arrow(draw, (end, 595), (right - 16, 595))
-    write(draw, (end + right) / 2 - 8, 624, "projector,")
-    write(draw, (end + right) / 2 - 8, 656, "cosine (Eq. 11)")
+    draw_arrow(draw, (right - 16, 595), (end, 595))
+    write(draw, (end + right) / 2 - 8, 624, "projected,")
+    write(draw, (end + right) / 2 - 8, 656, "compared (cosine)")
+
+    # What the signs mean.
+    for i, (text, color) in enumerate([("a patch", BLUE), ("dropped", GREY)]):
+        y = 960 + 56 * i
+        draw.rectangle((right, y, right + SQUARE, y + SQUARE), color)
+        draw.text((right + 50, y + 15), text, "black", font_size=26, anchor="lm")
+    draw.ellipse((right, 1072, right + SQUARE, 1072 + SQUARE), BLUE)
+    draw.text((right + 50, 1087), "the class token", "black", font_size=26, anchor="lm")
     return picture.reduce(2)
 
 
