@@ -110,7 +110,14 @@ def test_every_link_leads_somewhere_and_every_picture_exists():
 
 def test_every_file_that_is_named_exists_or_is_made_by_a_run():
     made = {"latest.pt", "log.jsonl", "samples.npz", "curves.png", "yours.py", "robust.json"}
-    made |= {"effect.json", "figure2.json", "step-N.pt", "vae.pth", "dinov2.safetensors"}
+    made |= {
+        "samples-0000500.png",
+        "effect.json",
+        "figure2.json",
+        "step-N.pt",
+        "vae.pth",
+        "dinov2.safetensors",
+    }
     made |= {"dinov2_vitb14_pretrain.pth", "diffusion_pytorch_model.safetensors"}
     made |= {"VIRTUAL_imagenet256_labeled.npz"}
     for name in re.findall(
