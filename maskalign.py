@@ -426,7 +426,7 @@ def train(
         os.makedirs(config.out, exist_ok=True)
         print(
             f"Training {config.method} ({config.size}) on {world_size} x {device.type}: "
-            f"{len(dataset)} images of {config.data or 'the demo'}, "
+            f"{len(dataset)} images of {config.data or 'the demo (no --data)'}, "
             f"{len(names)} classes ({', '.join(names[:3])} ...), "
             f"steps {first_step} to {config.steps}, output in {config.out}"
         )
