@@ -168,7 +168,7 @@ def draw_towers() -> Image.Image:
     draw.line([(right + SQUARE // 2, 576), (right + SQUARE // 2, 556), (860, 556)], ORANGE, 4)
     draw.line([(860, 556), (860, 69)], ORANGE, 4)
     draw_arrow(draw, (860, 69), (left + STEP * (TOKENS + 1) + 16, 69), ORANGE)
-    draw.text((876, 96), "+ noise", ORANGE, font_size=26, anchor="lm")
+    draw.text((876, 96), "+ noise (training)", ORANGE, font_size=26, anchor="lm")
 
     # The alignment: nothing flows, two rows are compared.
     end = left + STEP * (TOKENS + 1)
