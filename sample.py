@@ -249,7 +249,7 @@ def read_published(path, state: dict, args, given: dict) -> tuple[dict, ma.Confi
 
 
 def from_original_sit(state: dict) -> dict:
-    """The original SiT, whose time runs from noise to data, as a network of ours. Exact.
+    """The original SiT, whose time runs from noise to data, as one of our networks. Exact.
 
     cos(w (1 - t)) = cos w cos wt + sin w sin wt and sin(w (1 - t)) = sin w cos wt - cos w
     sin wt go into the first layer of the time MLP. The velocity changes its sign. Of twice
