@@ -11,7 +11,7 @@ For the checkpoints that effect.py kept of some methods and all their seeds, it 
           when each step of the sampler drops a random 25% of the patch tokens. A dropped token
           keeps the velocity that was last predicted for it. So with 0%, 50% and 75%.
 Images, noise and masks are the same for all networks. Into --out goes robust.json. If the
-command is killed, the same command continues. Five minutes a run, on one thread.
+command is killed, the same command continues. Two to three minutes a checkpoint, on one thread.
 """
 
 import argparse
