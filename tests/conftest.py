@@ -1,6 +1,6 @@
 """Makes `import maskalign` work from any folder, hides the GPU, and sets the two markers.
 
-pytest -m "not slow"     the method, its objective, its samplers: 30 s, for who does the exercises
+pytest -m "not slow"     the method, its objective, its samplers: 50 s, for who does the exercises
 pytest -m golden         what is compared with numbers of the official programs
 """
 
