@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import judge
 import rates
-from bands import as_markdown, draw_bands, summarise
+from spread import as_markdown, draw_spread, summarise
 
 import maskalign as ma
 import sample
@@ -201,7 +201,7 @@ def main() -> None:
     result = dict(machines=machines, settings=vars(args), real_shapes=real)
     result |= dict(mean_std=table, points=points)
     Path(args.out, "effect.json").write_text(json.dumps(result, indent=1))
-    draw_bands(table, Path(args.out, "effect.png"))
+    draw_spread(table, Path(args.out, "effect.png"))
     print(as_markdown(table), *machines, f"real shapes: {real}", sep="\n")
 
 

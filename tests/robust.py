@@ -34,7 +34,7 @@ import effect
 import figure2
 import judge
 import rates
-from bands import markdown_row
+from spread import markdown_row
 
 import maskalign as ma
 import sample

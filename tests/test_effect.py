@@ -6,11 +6,11 @@ import sys
 from argparse import Namespace
 from math import sqrt
 
-import bands
 import effect
 import judge
 import numpy as np
 import pytest
+import spread
 import torch
 from PIL import Image
 
@@ -185,6 +185,19 @@ def test_mean_and_standard_deviation_are_those_of_the_seeds():
         dict(method="reg", seed=0, step=5, cpu_s=2.0, fd=1.0, named=90.0, template=80.0),
         dict(method="reg", seed=1, step=5, cpu_s=2.0, fd=3.0, named=92.0, template=80.0),
     ]
-    (row,) = bands.summarise(points)["reg"]
+    (row,) = spread.summarise(points)["reg"]
     assert row["fd"] == pytest.approx((2, sqrt(2))) and row["cpu_s"] == (2, 0)
-    assert "| `reg` | 91.0 ± 1.4 |" in bands.as_markdown(dict(reg=[row]))
+    assert "| `reg` | 91.0 ± 1.4 |" in spread.as_markdown(dict(reg=[row]))
+
+
+def test_each_method_has_a_dot_of_its_own_at_each_step_of_both_panels(tmp_path):
+    """Also where methods are equal, as their dots are side by side."""
+    row = dict(fd=(30.0, 4.0), named=(90.0, 2.0))
+    rows = [row | dict(step=(2, 0)), row | dict(step=(5, 0))]
+    spread.draw_spread(dict(sit=rows, reg=rows), tmp_path / "effect.png")
+    pixels = np.array(Image.open(tmp_path / "effect.png"))[40:290, :660]  # without the names
+    for panel in (pixels[:, 55:325], pixels[:, 390:660]):
+        for color in spread.COLORS[:2]:
+            rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+            columns = np.flatnonzero((panel == rgb).all(axis=2).any(axis=0))
+            assert len(columns) >= 8 and (np.diff(columns) > 1).sum() == 1  # two dots, apart
