@@ -8,25 +8,25 @@ does this for each patch. REG also feeds in DINOv2's class token, one vector for
 image, and denoises it with the patches. MaskAlign adds a mask: in training, most blocks
 see a random 75% of the tokens.
 
-In the paper, a step takes 12% less time than REG's, and fewer steps are needed. How can
-losing tokens help? With all of them, alignment pulls hardest (by the norm of its gradient)
-at the same positions in image after image. The paper takes that as a sign that tokens rely
-on each other, as units do without dropout. A random subset makes that unreliable.
+In the paper, a step takes 12% less time than REG's, and the same FID needs fewer steps.
+How can losing tokens help? With all of them, alignment pulls hardest (by the norm of its
+gradient) at the same positions in image after image. The paper sees a sign that tokens
+rely on certain others. If any may be missing, none can be relied on, as with dropout.
 
 One training step:
   1. The teacher, DINOv2, reads the clean image and returns z: a class token, and a token
      for each patch. A frozen autoencoder turns the image into x, a latent of 1/8 its
-     height and width, cut into as many patches. (In the demo x is the image.)
+     height and width. (In the demo x is the image, and the teacher a tiny classifier.)
   2. x and the class token are mixed with normal noise, x_t = (1 - t) x + t noise, at a
      random time t: t = 0 is data, t = 1 is noise.
-  3. x_t is cut into patches, a token each. All tokens pass two mixing blocks, ordinary
-     transformer blocks, where each can take up what the others know.
+  3. x_t is cut into as many patches, a token each. All pass two mixing blocks, ordinary
+     transformer blocks that know t and the image's label y, and learn of each other.
   4. A random 25% of the patch tokens are dropped. The class token always stays.
-  5. The other blocks see the kept tokens, t and the image's label y. For each token they
-     predict its part of `noise - x`, the velocity of x_t (Eq. 10; section 3 tells why).
+  5. The other blocks see the kept tokens, t and y. For each token they predict its part
+     of `noise - x`, the velocity of x_t (Eq. 10; section 3 tells why).
   6. After block `align_depth`, a projector maps the kept tokens to the teacher's width.
      The results are pulled towards the teacher's tokens (Eq. 11).
-So the class token goes in with noise, its velocity is predicted, and it is aligned. To
+So the class token is noised, its velocity is predicted, and it is aligned. To
 generate images no teacher is needed and no token is dropped. The class token starts as
 noise, like x, and is thrown away at the end.
 
@@ -75,8 +75,7 @@ from tqdm import tqdm
 class TimestepEmbedder(nn.Module):
     """Times t (...) in [0, 1] -> vectors (..., D): cosines and sines, then an MLP.
 
-    DiT made these for t up to 1000. As SiT, we leave t in [0, 1], where most cosines are
-    nearly constant and most sines nearly proportional to t.
+    They were made for t up to 1000 (DiT). SiT's published weights expect t in [0, 1].
     """
 
     def __init__(self, width: int):
@@ -88,13 +87,13 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000.0) * i / 128)
         angles = t.float()[..., None] * frequencies  # (..., 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (..., 256)
-        # Unlike REPA, not in bfloat16, where close times look the same.
+        # In float32, as close times look the same in bfloat16.
         with torch.autocast(t.device.type, enabled=False):
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 def sincos_pos_embed(dim: int, side: int) -> Tensor:
-    """Fixed position vectors (side * side, dim), row after row: half column, half row."""
+    """Fixed position vectors (side * side, dim): half for the column, half for the row."""
     i = torch.arange(dim // 4).double()
     frequencies = 10000.0 ** (-i / (dim // 4))
     angles = torch.arange(side).double()[:, None] * frequencies
@@ -167,7 +166,7 @@ def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
 
 # ---- 2. The network: a random token subset after two mixing blocks (Sec. 5.1)
 def sample_token_subset(scores: Tensor, mask_ratio: float) -> Tensor:
-    """Uniform random scores (N, T) -> ids_keep (N, K): of each image, the K lowest."""
+    """Uniform random scores (N, T) -> ids_keep (N, K): the K lowest of each image."""
     len_keep = max(1, round((1 - mask_ratio) * scores.shape[1]))
     return scores.argsort(dim=1)[:, :len_keep]
 
@@ -213,7 +212,7 @@ class SiT(nn.Module):
             positions = torch.cat([torch.zeros(1, width), positions])
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
 
-        # NOTE(paper): it does not say what a mixing layer is. We take ordinary blocks.
+        # NOTE(paper): it does not say what a mixing layer is. We add ordinary blocks.
         self.mixer = nn.ModuleList([Block(width, heads) for _ in range(config.mixer_depth)])
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(config.depth)])
 
@@ -234,7 +233,7 @@ class SiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # So has the patch embedding, a linear layer written as a convolution.
+        # The patch embedding, too: it is a linear layer written as a convolution.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view
         nn.init.zeros_(self.x_embedder.proj.bias)
         # Times and labels have small weights.
@@ -258,8 +257,8 @@ class SiT(nn.Module):
             h = torch.cat([first[:, None], h], dim=1)  # (N, 1+T, D)
         # Positions are added before the mask, so a kept token knows where it belongs.
         h = h + self.pos_embed
-        # Mixing comes before it, too. The teacher's tokens know the whole image. Kept ones
-        # match them better if they saw those to be dropped. Later blocks do without.
+        # Mixing comes before the mask, too: a kept token is to match a teacher that saw the
+        # whole image, which is easier if it saw the tokens that will be dropped.
         for block in self.mixer:
             h = block(h, c)
         return h, c
@@ -299,11 +298,11 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 #   (b) With a squared error, the network learns the mean velocity of all these lines,
 #       weighted by their probability.
 #   (c) Let points follow these means. A point does not stay on its line. But the net flow
-#       through a surface, density times mean velocity, is as if all points did. As their
-#       distributions start alike, they stay alike (continuity equation; Lipman et al.,
+#       through a surface, density times mean velocity, is that of points on their lines.
+#       So at each t, both are distributed alike (continuity equation; Lipman et al.,
 #       arXiv 2210.02747): points that start as noise at t = 1 arrive as images at t = 0.
-# Means do not blur the images. At t = 1 the way back, -v, does point to the mean of all
-# images. But as t falls, fewer images are probable, and their mean sharpens.
+# Does a mean not blur the images? At t = 1 the way back, -v, does point to the mean of
+# all images. But as t falls, fewer images are probable, and their mean sharpens.
 def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> dict:
     """The losses of a batch, as scalars: loss (the weighted sum), denoise, cls, align.
 
@@ -324,8 +323,8 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
     x_t = add_noise(x, noise, t.view(-1, 1, 1, 1))
     cls_t = None
     if config.class_token:
-        # It has the t of x: in sampling, both start as noise and get clean together. Near
-        # t = 0, cls_t nearly is the target of its own alignment, as in REG.
+        # x and cls have one t: in sampling, both start as noise and get clean together.
+        # So near t = 0, cls_t nearly is the target of its own alignment, as in REG.
         cls = z[:, 0]  # (N, z_dim)
         cls_noise = rng.randn(*cls.shape)
         cls_t = add_noise(cls, cls_noise, t.view(-1, 1))
@@ -354,9 +353,9 @@ def training_losses(model, x, y, z, config: Config, rng: StepRng, ema=None) -> d
 def guided_velocity(model, x, t, y, cls, dtype, cfg_scale=1.0, cls_cfg_scale=None):
     """Velocities of x (N, C, H, W) and class token cls (N, z_dim) or None at time t.
 
-    Classifier-free guidance (CFG, arXiv 2207.12598), a cfg_scale w > 1, is v_null +
-    w (v - v_null), v_null without label. Images are more typical of the label, and vary
-    less. cls may have its own scale. The model computes in dtype, the rest is float64.
+    With a cfg_scale w > 1 they are v_null + w (v - v_null), v_null without label: images
+    are more typical of the label, and vary less (classifier-free guidance, arXiv
+    2207.12598). cls may have its own scale. The model computes in dtype, else float64.
     """
     times = torch.full((len(x),), t, dtype=dtype, device=x.device)
     x = x.to(dtype)
@@ -378,7 +377,7 @@ def euler_ode(
     model, x, y, cls=None, *, num_steps=50, cfg_scale=1.0, velocity=guided_velocity
 ) -> Tensor:
     """Euler's method for dx/dt = v: normal noise x (N, C, H, W) and cls (N, z_dim) or None,
-    labels y (N,) -> latents. The papers' sampler, another one, is in sample.py."""
+    labels y (N,) -> latents. The papers' sampler, an SDE, is in sample.py."""
     dtype = x.dtype
     x = x.double()
     cls = None if cls is None else cls.double()
@@ -506,9 +505,9 @@ class Config:
     image_size: int = setting(256, "pixels per side, after cropping (REPA)", group="data")
     vae: str = setting("stabilityai/sd-vae-ft-ema", "SD-VAE: hub name, file, or none", "NAME")
     vae_scale: float = setting(0.18215, "factor of the latents (SD-VAE)")
-    teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "timm's, or classifier", "NAME")
+    teacher: str = setting("vit_base_patch14_dinov2.lvd142m", "name in timm, or classifier", "NAME")
     teacher_weights: str = setting("", "file of timm or Meta (default: hub)", "FILE")
-    teacher_steps: int = setting(500, "steps of a classifier (ours)")
+    teacher_steps: int = setting(500, "steps to train a classifier (ours)")
     cache: str = setting("", "folder for latents (default: DATA-latents)", "DIR")
     workers: int = setting(8, "loader processes per GPU")
 
@@ -523,7 +522,7 @@ class Config:
     save_every: int = setting(5000, "steps between checkpoints and pictures")
     preview_steps: int = setting(25, "sampler steps of the picture (ours)")
 
-    # Told by data, teacher or a fork
+    # Filled in by data, teacher or a fork
     num_classes: int = setting(1000)
     class_names: tuple = setting(())
     z_dim: int = setting(768)
@@ -640,7 +639,7 @@ def load_teacher(config: Config, dataset: Dataset, device) -> ViTTeacher | None:
     side = config.latent_shape[1] // config.patch_size
     if config.teacher == "classifier":
         return train_classifier(config, dataset, side).to(device)
-    how = dict(pretrained=True)  # reads Meta's names, too; no weight may be missing
+    how = dict(pretrained=True)  # knows Meta's names, too; a missing weight fails
     if config.teacher_weights:
         how["pretrained_cfg_overlay"] = dict(file=config.teacher_weights)
     vit = timm.create_model(config.teacher, **how)
@@ -661,7 +660,7 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
     teacher = ViTTeacher(vit, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # same rounding in all processes
+    torch.set_num_threads(1)  # each process trains its own, rounded alike
     for _ in tqdm(range(config.teacher_steps), "training the teacher", disable=None):
         ids = torch.randint(len(dataset), (64,)).tolist()
         batch = default_collate([dataset[i] for i in ids])
@@ -676,10 +675,10 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
 
 # ---- 8. Latents
 def build_vae(config: Config, device):
-    """The frozen SD-VAE, in float32 (TF32 on a GPU), or None where x is the image."""
+    """The frozen SD-VAE, in float32 also under autocast, or None where x is the image."""
     if config.vae == "none":
         return None
-    from sample import load_vae  # here, as it imports this file
+    from sample import load_vae  # here, since sample.py imports this file
 
     return load_vae(config.vae, config.vae_scale, device)
 
@@ -691,7 +690,7 @@ def decode_latents(vae, x: Tensor) -> Tensor:
 
 
 def latent_file(config: Config, path: str) -> str:
-    """The file for the latent of an image. Its name is a hash of what decides it."""
+    """The file for the latent of an image, named by a hash of what it depends on."""
     key = [os.path.relpath(path, config.data), config.image_size, config.vae]
     for file in filter(os.path.exists, (path, config.vae)):
         key += [os.path.getsize(file), os.path.getmtime(file)]
@@ -706,11 +705,11 @@ def prepare_batch(batch: dict, rng: StepRng, vae, teacher):
     z = None if teacher is None else teacher(images)
     if vae is None:
         return 2 * (images / 127.5 - 1), y, z  # variance about 1, as noise has
-    # The VAE gives a normal distribution. Mean and std are kept, x is drawn anew.
+    # The VAE gives a normal distribution. Its mean and std are kept in files, x is not.
     mean_std = batch["mean_std"]  # (N, 2C, h, w), NaN where there is no file yet
     missing = mean_std.isnan().flatten(1).any(dim=1)
     if missing.any():
-        # All images are encoded, since a smaller batch would be rounded differently.
+        # All are encoded: fewer would be rounded otherwise, and a resumed run differ.
         encoded = vae.encode(images / 127.5 - 1).half().cpu()
         for i in missing.nonzero().flatten().tolist():
             mean_std[i] = encoded[i]
