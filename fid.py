@@ -6,11 +6,11 @@
   python fid.py samples.npz --features demo                          the demo
   torchrun --nproc_per_node=8 fid.py samples.npz --ref REF           on 8 GPUs
 
-They compare features, which a network (Inception) computes from each image. FID fits a
-Gaussian to the features of each set, and is the squared distance of the two Gaussians.
+All come from features, which a network (Inception) computes from each image. FID fits a
+Gaussian to the features of each set, and is the squared Frechet distance of the two.
 
 The papers use ADM's evaluator (guided-diffusion, TensorFlow 1). These are its numbers,
-without its rounding of distances, worth about 0.002 in precision and recall.
+without its rounding of distances (about 0.002 of precision and recall).
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import maskalign as ma
 
-WEIGHTS_URL = (  # ends as its sha256 begins
+WEIGHTS_URL = (  # ends as the file's sha256 begins
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
@@ -44,11 +44,11 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # as ADM; _s (spatial) is for s
 def resize_tf1(images: Tensor, size: int = 299) -> Tensor:
     """Bilinear resize of TensorFlow 1: (N, C, H, W) -> float32 (N, C, size, size).
     Output pixel i looks at i * H / size, F.interpolate at (i + 0.5) * H / size - 0.5. No
-    antialias, no rounding. The order of operations makes it equal to the bit on a CPU."""
+    antialias, no rounding. On a CPU, this order of operations gives its very bits."""
     x = images.float()
     for _ in range(2):  # along x, then along y
         last = x.shape[-1] - 1
-        scale = torch.tensor((last + 1) / size, device=x.device)  # float32
+        scale = torch.tensor(x.shape[-1] / size, device=x.device)  # float32
         position = torch.arange(size, device=x.device) * scale
         low = position.long()
         high = (low + 1).clamp(max=last)
@@ -67,7 +67,7 @@ def repool(block: nn.Module, x: Tensor, pool: nn.Module) -> Tensor:
 
 
 class FIDInception(Inception3):
-    """The network behind every published FID: uint8 images (N, 3, H, W) -> features (N,
+    """The network of the usual FID: uint8 images (N, 3, H, W) -> features (N,
     2048), spatial features (N, 2023). Layers and names of weights are torchvision's. What
     differs is the pooling: averages leave out the padding, and Mixed_7c takes the maximum."""
 
@@ -88,7 +88,7 @@ class FIDInception(Inception3):
         x = self.Mixed_6a(x)  # (N, 768, 17, 17)
         for block in (self.Mixed_6b, self.Mixed_6c, self.Mixed_6d):
             x = repool(block, x, average)
-        # ADM's mixed_6/conv[..., :7], as the first branch comes first
+        # ADM's mixed_6/conv[..., :7]: of Mixed_6d's first branch
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # order: row, column, channel
         x = repool(self.Mixed_6e, x, average)
         x = self.Mixed_7a(x)  # (N, 1280, 8, 8)
@@ -98,7 +98,7 @@ class FIDInception(Inception3):
 
 
 def load_inception(path: str = "") -> tuple[FIDInception, str]:
-    """The network with the weights of a file (or the published ones), and its sha256."""
+    """The network with weights of a file (or the published ones), and its sha256."""
     if not path:
         torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
         path = f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(WEIGHTS_URL)}"
@@ -112,7 +112,7 @@ def load_inception(path: str = "") -> tuple[FIDInception, str]:
 
 
 class DemoFeatures(nn.Module):
-    """The demo's teacher, in place of Inception."""
+    """The demo's teacher, trained again, in place of Inception."""
 
     def __init__(self):
         super().__init__()
@@ -131,8 +131,8 @@ class DemoFeatures(nn.Module):
 
 # ---- 2. The metrics: functions of features, in float64
 def add_moments(sums: Tensor, x: Tensor) -> None:
-    """Adds features (n, D) to sums (D + 1, D + 1) of x x^T, x and 1. Sums of processes
-    add up."""
+    """Adds features (n, D) to sums (D + 1, D + 1) of x x^T, x and 1. Sums of
+    several processes can be added."""
     x = nn.functional.pad(x.double(), (0, 1), value=1.0)
     sums.addmm_(x.T, x)
 
@@ -145,8 +145,8 @@ def mean_and_covariance(sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def covariance_factor(sigma: Tensor) -> Tensor:
-    """F (D, rank) with sigma = F F^T. It leaves out the null space, where roots would
-    make rounding visible: so singular covariances are no special case."""
+    """F (D, rank) with sigma = F F^T. It leaves out the null space, where roots turn
+    1e-16 into 1e-8, so singular covariances are no special case."""
     values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
     keep = values > values[-1] * len(sigma) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()
@@ -154,20 +154,21 @@ def covariance_factor(sigma: Tensor) -> Tensor:
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2). The last trace
-    is the sum of the singular values of F1^T F2: see covariance_factor."""
+    is the sum of the singular values of G = F1^T F2 (see covariance_factor), as sigma1
+    sigma2 has the eigenvalues of G G^T, and zeros."""
     given = [torch.as_tensor(x).double().cpu() for x in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = given
     fits = mu1.shape == mu2.shape and all(x.isfinite().all() for x in given)
     assert fits, "statistics differ in shape or are not finite: measure anew"
     cross = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
-    return max(distance.item(), 0.0)  # equal sets: about -1e-13
+    return max(distance.item(), 0.0)  # rounding: -1e-13 for equal sets
 
 
 def inception_score(logits: Tensor, split_size: int = 5000) -> float:
     """exp of the mean of KL(p(class | image) || p(class)), averaged over splits of the
-    images. logits (N, classes) in the order of the files: images sorted by class would
-    spoil the score of more than one split. A short last split counts as the others do."""
+    images. logits (N, classes) in the order of the files: beyond one split,
+    images sorted by class would spoil it. A short last split counts as the others do."""
     scores = []
     for split in logits.split(split_size):
         log_p = split.double().log_softmax(dim=1)
@@ -178,14 +179,14 @@ def inception_score(logits: Tensor, split_size: int = 5000) -> float:
 
 
 def squared_distances(u: Tensor, v: Tensor) -> Tensor:
-    """float64 (n, D), (m, D) -> (n, m). Mere rounding becomes 0, as duplicates need."""
+    """float64 (n, D), (m, D) -> (n, m). Rounding errors become 0: duplicates are at 0."""
     norms = u.square().sum(dim=1)[:, None] + v.square().sum(dim=1)
     distances = norms - 2 * u @ v.T
     return distances.where(distances > 1e-12 * norms, 0.0)
 
 
 def squared_radii(x: Tensor, k: int) -> Tensor:
-    """(n, D) -> (n,): from each point to its k-th nearest neighbour, 256 rows at a time."""
+    """(n, D) -> (n,): from each point to its k-th nearest neighbour, 256 at a time."""
     # The nearest of all is the point itself: hence k + 1.
     return torch.cat([squared_distances(r, x).kthvalue(k + 1).values for r in x.split(256)])
 
@@ -211,8 +212,8 @@ def precision_recall(ref: Tensor, sample: Tensor, k: int = 3) -> tuple[float, fl
 
 
 # ---- 3. Images: a folder or an npz, read batch by batch
-# files are names, or images uint8 (N, H, W, 3). npz is an open npz or {}. size is (H, W).
-# An npz without images has count 0 and size None.
+# files are names, or images uint8 (N, H, W, 3), or [] for an npz. npz is an open npz, or
+# {}. size is (H, W). An npz without images has count 0 and size None.
 Images = namedtuple("Images", "name count size files npz")
 
 
@@ -256,7 +257,7 @@ def open_npz(path: str) -> Images:
 
 def read_batches(images: Images, first: int, last: int, batch_size: int):
     """Yields images first to last - 1 as uint8 (n, H, W, 3), a batch at a time."""
-    if images.npz:  # a stream, since arr_0 may have 10 GB
+    if images.npz:  # a stream, as arr_0 may have 10 GB; after a header
         stream = images.npz.zip.open("arr_0.npy")
         image_bytes = 3 * math.prod(images.size)
         stream.seek((first - images.count) * image_bytes, os.SEEK_END)
@@ -274,7 +275,7 @@ def read_batches(images: Images, first: int, last: int, batch_size: int):
 # ---- 4. From images to numbers
 def measure(images: Images, net, device, rank=0, world_size=1, batch_size=64) -> dict:
     """mu (D,), sigma (D, D), mu_s, sigma_s and features (N, D), on rank 0. Each process
-    takes whole batches in a row, so the result does not depend on their number."""
+    takes consecutive whole batches, so their number changes rounding only."""
     share = math.ceil(images.count / (batch_size * world_size)) * batch_size
     row = rank * share
     features = torch.zeros(images.count, net.widths[0], device=device)
@@ -288,15 +289,15 @@ def measure(images: Images, net, device, rank=0, world_size=1, batch_size=64) ->
             add_moments(total, x)
     if world_size > 1:
         for total in (features, *sums):
-            dist.reduce(total, 0)  # rows of other processes are zeros here
+            dist.reduce(total, 0)  # features has zeros for others' rows
     moments = [x for total in sums for x in mean_and_covariance(total)]
     return dict(zip(STATISTICS, moments, strict=True), features=features)
 
 
 def stored_statistics(images: Images, digest: str, device) -> dict:
-    """Results of measure that an npz of ADM's or of --save_stats holds."""
+    """The results of measure in an npz of ADM or of --save_stats."""
     npz = images.npz
-    same = str(npz.get("weights", digest)) == digest  # ADM's do not tell
+    same = str(npz.get("weights", digest)) == digest  # ADM's lack it
     known = [key for key in (*STATISTICS, "features") if key in npz and same]
     usable = images.count or "mu" in known
     assert usable, f"{images.name} has no images, nor statistics of this network"
@@ -324,12 +325,12 @@ def parse_args(argv=None):
     path = dict(type=os.path.expanduser, default="")
     file = dict(path, metavar="FILE")
     add("samples", **path, help="folder of images, or npz (arr_0: uint8 N, H, W, 3)")
-    add("--ref", **file, help="the same, or statistics [demo: its shapes]")
+    add("--ref", **file, help="as samples, or statistics [demo: its shapes]")
     names = dict(choices=["inception", "demo"], default="inception")
-    add("--features", **names, help="network that computes them [inception]")
+    add("--features", **names, help="network for features [inception]")
     add("--weights", **file, help="weights of Inception [downloaded]")
-    add("--save_stats", **file, help="npz for statistics of --ref, else of the samples")
-    add("--json", **file, help="for numbers and protocol")
+    add("--save_stats", **file, help="npz to write: statistics of --ref, or of samples")
+    add("--json", **file, help="to write: numbers and protocol")
     add("--batch_size", type=int, default=64, metavar="N", help="images at a time [64]")
     args = parser.parse_args(argv)
     if not args.ref and not args.save_stats and args.features == "inception":
@@ -375,10 +376,10 @@ def main(argv=None):
     stats = [measure(images, *how) if images.count else {} for images in sets]
     if world_size > 1:
         dist.destroy_process_group()
-    if rank > 0:  # the rest takes a minute at most
+    if rank > 0:  # rank 0 does the rest alone
         return None
 
-    stats[-1] |= stored  # as in ADM, in place of the statistics of the images
+    stats[-1] |= stored  # as ADM, stored statistics are preferred
     numbers = compare(*stats, net) if len(sets) == 2 else {}
     protocol = dict(
         n=sets[0].count,
@@ -396,7 +397,7 @@ def main(argv=None):
         with open(args.save_stats, "wb") as file:
             np.savez(file, weights=digest, **arrays)
 
-    print("protocol:", json.dumps(protocol))  # last, since printing may fail
+    print("protocol:", json.dumps(protocol))  # after the files: a print may fail
     if protocol["n"] != 50_000:
         print("warning: FID is biased upwards at every N: compare at equal N (papers: 50,000)")
     if digest not in WEIGHTS_URL:

@@ -6,8 +6,8 @@
   torchrun --nproc_per_node=8 sample.py CKPT --num_images 50000
 
 CKPT is a checkpoint of maskalign.py, or a published file of SiT, REPA, REG or SRA, which
-also needs --method and --size. A grid takes 25 steps of the ODE and guidance 2,
---num_images 250 steps of the SDE and no guidance, as the papers.
+also needs --method and --size. A grid takes 25 steps of the ODE and guidance 2.
+--num_images takes the papers' 250 steps of the SDE, without guidance.
 """
 
 from __future__ import annotations
@@ -40,27 +40,28 @@ import maskalign as ma
 
 
 # ---- 1. The samplers of the papers: from noise at t = 1 to latents at t = 0
-# Called as maskalign.euler_ode. guidance goes to `scales`, randn_like makes noise.
+# Called like maskalign.euler_ode. guidance is for `scales`, randn_like for the SDE.
 def scales(t, cfg_scale=1.0, cls_cfg_scale=None, guidance_low=0.0, guidance_high=1.0):
-    """Scales for x and cls at time t; 1 is none. cls_cfg_scale 0 is none, too, as in REG."""
+    """Guidance of x and of cls (None: the same) at t. 1 is none; for cls, 0 is, too (REG)."""
     if not guidance_low <= t <= guidance_high:
         return 1.0, 1.0
-    return cfg_scale, 1.0 if cls_cfg_scale == 0 else cls_cfg_scale
+    return cfg_scale, (1.0 if cls_cfg_scale == 0 else cls_cfg_scale)
 
 
 @torch.no_grad()
 def euler_maruyama(model, x, y, cls=None, *, num_steps=250, randn_like=None, **guidance):
-    """The papers' sampler, the reverse SDE: every step but the last one adds noise.
+    """The papers' sampler, the reverse SDE.
 
-    Its drift is v - (w_t / 2) score, with score = -(x + (1 - t) v) / t. For w_t = 2t that
-    is (2 - t) v + x, and a step dt < 0 adds noise of variance 2t |dt|.
+    Noise spreads points, and the drift v - (w_t / 2) score pulls them back. score, the
+    gradient of the log density, is -(x + (1 - t) v) / t. With w_t = 2t the drift is
+    (2 - t) v + x, and the noise of a step dt < 0 has variance 2t |dt|.
     NOTE(paper): it prints w_t = t. SiT, REPA and REG use 2t, and so do we.
     """
     randn_like = randn_like or torch.randn_like
     dtype = x.dtype
     x = x.double()
     cls = None if cls is None else cls.double()
-    # The last step, from 0.04 as in SiT, adds no noise, since that would stay visible.
+    # The last step, from 0.04 as in SiT, adds no noise: it would stay visible.
     times = [*torch.linspace(1.0, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
     for t, t_next in itertools.pairwise(times):
         dt = t_next - t
@@ -76,7 +77,7 @@ def euler_maruyama(model, x, y, cls=None, *, num_steps=250, randn_like=None, **g
 
 
 def euler_ode(model, x, y, cls=None, *, num_steps=50, randn_like=None, states=None, **guidance):
-    """maskalign.euler_ode with guidance. The list states gets x at each step."""
+    """maskalign.euler_ode with all `scales`. The list states gets x at each step."""
     field = functools.partial(velocity, guidance=guidance, states=states)
     return ma.euler_ode(model, x, y, cls, num_steps=num_steps, velocity=field)
 
@@ -94,12 +95,12 @@ def heun_ode(model, x, y, cls=None, *, num_steps=50, randn_like=None, **guidance
 
 
 def mean_velocity(model, x, t, y, cls, dtype, _, dt, guidance):
-    on = scales(t, **guidance)
-    v, v_cls = ma.guided_velocity(model, x, t, y, cls, dtype, *on)
-    if t + dt < 1e-9:  # there is no velocity at t = 0
+    w = scales(t, **guidance)
+    v, v_cls = ma.guided_velocity(model, x, t, y, cls, dtype, *w)
+    if t + dt < 1e-9:  # the last step is Euler's
         return v, v_cls
     cls_end = None if cls is None else cls + dt * v_cls
-    end = ma.guided_velocity(model, x + dt * v, t + dt, y, cls_end, dtype, *on)
+    end = ma.guided_velocity(model, x + dt * v, t + dt, y, cls_end, dtype, *w)
     return (v + end[0]) / 2, None if cls is None else (v_cls + end[1]) / 2
 
 
@@ -111,10 +112,10 @@ class AutoencoderKL:
     """Images (N, 3, H, W) in [-1, 1] <-> latents (N, 4, H / 8, W / 8), not scaled."""
 
     def __init__(self, state_dict: dict, scale: float = 0.18215):
-        self.scale = scale  # gives the latents a variance of about 1
+        self.scale = scale  # latents times scale have variance 1
         self.tensors = state_dict
         names = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-        for old, new in names.items():  # before 2023
+        for old, new in names.items():  # diffusers before 2023
             self.tensors = {k.replace(old, new): v for k, v in self.tensors.items()}
 
     def layer(self, name):
@@ -148,7 +149,7 @@ class AutoencoderKL:
             name = f"encoder.down_blocks.{i}"
             h = self.resnet(f"{name}.resnets.0", h)
             h = self.resnet(f"{name}.resnets.1", h)
-            if i < 3:  # half the size; padded on the right and at the bottom only
+            if i < 3:  # half the size; padded right and below only
                 down = self.layer(f"{name}.downsamplers.0.conv")
                 h = F.conv2d(F.pad(h, (0, 1, 0, 1)), *down, stride=2)
         h = self.middle("encoder.mid_block", h)
@@ -187,15 +188,15 @@ def load_vae(name: str, scale: float, device) -> AutoencoderKL:
     channels = len(state["encoder.conv_out.weight"]) // 2
     assert channels == 4, f"vae {name} has {channels} latent channels, not 4"
     vae = AutoencoderKL({k: v.to(device).float() for k, v in state.items()}, scale)
-    vae.decode(vae.encode(torch.zeros(1, 3, 16, 16, device=device))[:, :4])  # all there?
+    vae.decode(vae.encode(torch.zeros(1, 3, 16, 16, device=device))[:, :4])  # complete?
     return vae
 
 
 # ---- 3. Checkpoints: ours, and published ones
 def load_checkpoint(path, kind=ma.Config, build_model=ma.SiT, **given) -> tuple:
-    """The averaged network of a checkpoint, without its projector, and its config.
+    """The EMA network of a checkpoint, without its projector, and its config.
 
-    kind, build_model: those of a fork. given: settings of a published file.
+    kind and build_model are a fork's. given is for a published file.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -209,7 +210,7 @@ def load_checkpoint(path, kind=ma.Config, build_model=ma.SiT, **given) -> tuple:
         state, config = read_published(path, state, saved.get("args"), given)
     config = dataclasses.replace(config, align_coeff=0.0)  # then there is no projector
     model = build_model(config)
-    unused = ("projector", "ap_head.")  # of training
+    unused = ("projector", "ap_head.")  # of REPA, REG, SRA
     model.load_state_dict({k: v for k, v in state.items() if not k.startswith(unused)})
     finite = all(value.isfinite().all() for value in model.state_dict().values())
     assert finite, f"{path} has weights that are not finite"
@@ -230,7 +231,7 @@ def from_official(state_dict: dict) -> dict:
 
 
 def read_published(path, state: dict, args, given: dict) -> tuple[dict, ma.Config]:
-    """Weights in our convention, and config. The args in the file are believed."""
+    """Weights in our convention, and config. The file's args, if any, are checked."""
     args = dict(model=os.path.basename(path)) | vars(args or argparse.Namespace())
     told = [str(args.get(name, "")) for name in ("prediction", "path_type", "model")]
     fits = told[0] in ("", "v", "velocity") and told[1].lower() in ("", "linear")
@@ -244,16 +245,16 @@ def read_published(path, state: dict, args, given: dict) -> tuple[dict, ma.Confi
     if given["method"] == "sit":
         state = from_original_sit(state)
     if given["method"] == "sra":
-        given["method"] = "sit"  # with the time of REPA
+        given["method"] = "sit"  # but t = 1 is noise
     return state, ma.make_config(data="published", **given)
 
 
 def from_original_sit(state: dict) -> dict:
-    """The original SiT, whose time runs from noise to data, as one of our networks. Exact.
+    """Turns the original SiT, whose time runs from noise to data, into ours, exactly.
 
     cos(w (1 - t)) = cos w cos wt + sin w sin wt and sin(w (1 - t)) = sin w cos wt - cos w
     sin wt go into the first layer of the time MLP. The velocity changes its sign. Of twice
-    the channels (learn_sigma), SiT uses the first half.
+    the channels (learn_sigma) SiT uses the first half.
     """
     heads = [name for name in state if name.startswith(("projector", "ap_head"))]
     assert not heads, f"{heads[0]} is no weight of SiT: choose another --method"
@@ -271,7 +272,7 @@ def from_original_sit(state: dict) -> dict:
     return state
 
 
-# ---- 4. Images that depend on (seed, index) alone, up to rounding
+# ---- 4. Images, each from its own random numbers
 GUIDANCE = ("cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high")
 Job = namedtuple("Job", "args config model vae sampler device")
 
@@ -285,7 +286,7 @@ def randn_of(streams: list, like: Tensor) -> Tensor:
 def generate(job: Job, indices: range, labels: list | None = None, **more) -> np.ndarray:
     """Images uint8 (n, H, W, 3) of these indices, with these labels or random ones.
 
-    Each has a random stream of its own: label, latent, class token, noise of the SDE.
+    Each has its own random stream for label, latent, class token and SDE.
     """
     config = job.config
     streams = [ma.seeded("cpu", "image", job.args.seed, i) for i in indices]
@@ -303,9 +304,9 @@ def generate(job: Job, indices: range, labels: list | None = None, **more) -> np
     return ma.decode_latents(job.vae, x).permute(0, 2, 3, 1).cpu().numpy()
 
 
-# ---- 5. Pictures: a grid, or the way from noise to images
+# ---- 5. Pictures: grid and trajectory
 def draw_rows(images: np.ndarray, names: list) -> Image.Image:
-    """uint8 (R, C, H, W, 3) -> a picture of R rows, each with a name."""
+    """uint8 (rows, columns, H, W, 3) -> a picture with named rows."""
     rows, columns, height, width, _ = images.shape
     tiles = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2)
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // height))
@@ -321,10 +322,10 @@ def draw_rows(images: np.ndarray, names: list) -> Image.Image:
 def draw_trajectory(job: Job, classes: list, names: list, path: Path):
     """x at ten times, and the image, of each class: side by side, and as a GIF."""
     states = []
-    frames = [generate(job, range(len(classes)), classes, states=states)]
-    for k in np.linspace(len(states) - 1, 0, 10):
-        x = ma.decode_latents(job.vae, states[round(k)])
-        frames.insert(0, x.permute(0, 2, 3, 1).cpu().numpy())
+    images = generate(job, range(len(classes)), classes, states=states)
+    chosen = [states[round(k)] for k in np.linspace(0, len(states) - 1, 10)]
+    frames = [ma.decode_latents(job.vae, x).permute(0, 2, 3, 1).cpu().numpy() for x in chosen]
+    frames.append(images)
     draw_rows(np.stack(frames, axis=1), names).save(path)
     first, *others = [draw_rows(frame[:, None], names) for frame in frames]
     times = [150] * 10 + [1500]  # milliseconds
@@ -346,7 +347,7 @@ def write_many(job: Job, settings: str, out: Path, rank: int, world_size: int):
     count = job.args.num_images
     size = job.args.batch_size
     files = {first: folder / f"{first:06d}.pt" for first in range(0, count, size)}
-    for first in tqdm(list(files)[rank::world_size], disable=None if rank == 0 else True):
+    for first in tqdm(list(files)[rank::world_size], disable=rank > 0 or None):
         if files[first].exists():
             continue
         indices = range(first, min(first + size, count))
@@ -354,14 +355,14 @@ def write_many(job: Job, settings: str, out: Path, rank: int, world_size: int):
         images = generate(job, indices, labels if job.args.labels == "balanced" else None)
         ma.save_file(torch.from_numpy(images), files[first])
     if rank == 0:
-        while not all(file.exists() for file in files.values()):  # by the other processes
+        while not all(file.exists() for file in files.values()):  # of others
             time.sleep(1)
         join(list(files.values()), count, settings, out)
         shutil.rmtree(folder)
 
 
 def join(files: list, count: int, settings: str, out: Path) -> None:
-    """Batches -> npz, one by one."""
+    """Batches -> npz."""
     shape = (count, *torch.load(files[0]).shape[1:])
     beside = f"{out}.{os.getpid()}.tmp"
     with zipfile.ZipFile(beside, "w") as archive:
@@ -388,12 +389,12 @@ def parse_args(argv, samplers: dict) -> argparse.Namespace:
     either("--classes", default="", metavar="NAMES", help="names or numbers, as 3,ring")
     add("--per_class", **n, default=8, help="images per row [8]")
     add("--trajectory", action="store_true", help="show noise becoming images")
-    either("--num_images", **n, default=0, help="as many, no grid")
-    add("--labels", choices=["random", "balanced"], default="random", help="of these")
-    add("--batch_size", **n, default=64, help="of these [64]")
-    add("--sampler", choices=samplers, help="see above")
+    either("--num_images", **n, default=0, help="N images, no grid")
+    add("--labels", choices=["random", "balanced"], default="random", help="of --num_images")
+    add("--batch_size", **n, default=64, help="images at a time [64]")
+    add("--sampler", choices=samplers, help="[ode; sde for --num_images]")
     add("--steps", **n, help="steps of the sampler")
-    add("--cfg_scale", **x, help="guidance, 1 is none; SiT and DiT: of 3 channels")
+    add("--cfg_scale", **x, help="guidance, 1 is none (SiT and DiT guide 3 channels)")
     add("--cls_cfg_scale", **x, help="that of the class token [the same]")
     add("--guidance_low", **x, default=0.0, help="guide from this t [0]")
     add("--guidance_high", **x, default=1.0, help="guide up to this t [1]")
@@ -412,9 +413,9 @@ def parse_args(argv, samplers: dict) -> argparse.Namespace:
 
 
 def parse_classes(text: str, config: ma.Config) -> list:
-    """The labels of "3,ring", or "a, b;c, d" for names with commas. Names come first."""
+    """The labels of "3,ring", or "a, b;c, d" for names with commas. A name beats a number."""
     count = config.num_classes
-    if not text:  # all, or eight of many
+    if not text:  # all, or 8 of over 10
         return np.linspace(0, count - 1, count if count <= 10 else 8, dtype=int).tolist()
     labels = {str(label): label for label in range(count)}
     labels |= {name: label for label, name in enumerate(config.class_names)}
@@ -429,12 +430,12 @@ def main(kind=ma.Config, build_model=ma.SiT, samplers=SAMPLERS, argv=None) -> No
     args = parse_args(argv, samplers)
     rank, world_size, device = ma.setup_distributed()
     path = Path(args.checkpoint).expanduser()
-    told = dict(size=args.size, method=args.method)
-    model, config = load_checkpoint(path, kind, build_model, **told)
+    given = dict(size=args.size, method=args.method)
+    model, config = load_checkpoint(path, kind, build_model, **given)
     config = dataclasses.replace(config, vae=os.path.expanduser(args.vae or config.vae))
     if args.cfg_scale is None:
         args.cfg_scale = 1.0 if args.num_images or config.label_dropout == 0 else 2.0
-    possible = args.cfg_scale == 1 or args.cfg_scale > 1 and config.label_dropout > 0
+    possible = args.cfg_scale == 1 or (args.cfg_scale > 1 and config.label_dropout > 0)
     assert possible, f"cfg_scale {args.cfg_scale} is below 1, or no null class was trained"
     vae = ma.build_vae(config, device)
     job = Job(args, config, model.to(device), vae, samplers[args.sampler], device)
