@@ -1,6 +1,6 @@
 """The effect of alignment, with error bars: methods on the demo's shapes, some seeds of each.
 
-  python tests/effect.py                  four methods, five seeds: two to four hours on two cores
+  python tests/effect.py                  four methods, five seeds: one to two hours on two cores
   python tests/effect.py --methods sit maskalign --seeds 2 --steps 250 500    8 minutes
 
 Each run is one of the demo, on one thread. At each of --steps its EMA generates 768 images,
