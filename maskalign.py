@@ -675,7 +675,7 @@ def train_classifier(config: Config, dataset: Dataset, side: int) -> ViTTeacher:
 
 # ---- 8. Latents
 def build_vae(config: Config, device):
-    """The frozen SD-VAE, in float32 also under autocast, or None where x is the image."""
+    """The frozen SD-VAE in float32 (encode leaves autocast), or None where x is the image."""
     if config.vae == "none":
         return None
     from sample import load_vae  # here, since sample.py imports this file
@@ -705,7 +705,7 @@ def prepare_batch(batch: dict, rng: StepRng, vae, teacher):
     z = None if teacher is None else teacher(images)
     if vae is None:
         return 2 * (images / 127.5 - 1), y, z  # variance about 1, as noise has
-    # The VAE gives a normal distribution. Its mean and std are kept in files, x is not.
+    # The VAE gives a normal distribution. Mean and std are kept in files, x is sampled anew.
     mean_std = batch["mean_std"]  # (N, 2C, h, w), NaN where there is no file yet
     missing = mean_std.isnan().flatten(1).any(dim=1)
     if missing.any():
